@@ -1,0 +1,45 @@
+/* The daemon's end of the agent protocol (agent_proto.h): find the agent in a process, take its socket, talk.
+ *
+ * The process may be hostile, stopped, or dying: every call has a deadline, everything received is checked, and nothing of it
+ * is mapped (a page that the process truncates would raise SIGBUS here). One thread at a time per object. Functions return 0 or
+ * negative errno; `err` gets a text that names the process.
+ */
+#pragma once
+
+#include "base/error.h"
+#include "wire/agent_proto.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/types.h>
+
+struct bn_agent;
+
+/* -ENOENT: the process has no agent (its own answer: nothing is wrong). -ESRCH: no such process. Caller frees with
+ * bn_agent_free, which also lets go of the process (flock, socket). */
+int bn_agent_find(pid_t pid, struct bn_agent **out);
+void bn_agent_free(struct bn_agent *a);
+
+pid_t bn_agent_pid(const struct bn_agent *a);
+int bn_agent_pidfd(const struct bn_agent *a);
+/* A checked copy of the page as it is now; strings are terminated, counts within their arrays. */
+int bn_agent_page(struct bn_agent *a, struct bn_agent_page *page);
+
+/* Become the one controller and check that the agent's thread answers. -EBUSY: somebody else is talking to it. */
+int bn_agent_attach(struct bn_agent *a, struct bn_error *err);
+void bn_agent_detach(struct bn_agent *a);
+bool bn_agent_attached(const struct bn_agent *a);
+
+/* See the message types of the same names. */
+int bn_agent_close_gate(struct bn_agent *a, unsigned timeout_ms, struct bn_error *err);
+int bn_agent_open_gate(struct bn_agent *a, struct bn_error *err);
+int bn_agent_evict(struct bn_agent *a, struct bn_error *err);
+
+/* Every segment, in the agent's order. *segs is malloced; caller frees. */
+int bn_agent_list(struct bn_agent *a, struct bn_agent_segment **segs, size_t *n, struct bn_error *err);
+/* A descriptor for each of the n segments of the list just taken, into fds[n]; the caller closes them. On error none. */
+int bn_agent_export(struct bn_agent *a, const struct bn_agent_segment *segs, size_t n, int *fds,
+                    struct bn_error *err);
+/* Give segments back; the descriptors stay the caller's. */
+int bn_agent_import(struct bn_agent *a, const struct bn_agent_segment *segs, const int *fds, size_t n,
+                    struct bn_error *err);

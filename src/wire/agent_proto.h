@@ -1,0 +1,117 @@
+/* What the agent in an application and the daemon say to each other.
+ *
+ * The agent owns a memfd named BN_AGENT_MEMFD that holds one `struct bn_agent_page`, and a SOCK_SEQPACKET socketpair. Both ends
+ * of the pair stay in the application's descriptor table: `near` is read by the agent's thread, `far` is taken by the
+ * daemon with pidfd_getfd(2) when it has something to say. CRIU saves page, pair and thread like anything else of the
+ * process. The daemon holds flock(LOCK_EX) on its own open of the memfd while it talks: one controller at a time.
+ *
+ * Requests go from the daemon to the agent; the agent answers each with exactly one reply of the same `id` and `type` (replies
+ * of an earlier controller that was killed are recognised by their id and dropped). Messages are packets: a header, then
+ * `count` records; descriptors ride along with SCM_RIGHTS in the order of the records. Same machine, same byte order.
+ *
+ * Neither side trusts the other: the daemon is root and the application may be hostile; sizes and counts are checked on arrival.
+ */
+#pragma once
+
+#include <stdint.h>
+
+#define BN_AGENT_MEMFD "bennu-agent"
+#define BN_AGENT_MAGIC 0x6e6e6562u /* "benn" */
+#define BN_AGENT_VERSION 1u
+#define BN_AGENT_PAGE_SIZE 16384u /* bytes, of page and memfd */
+#define BN_AGENT_GPUS_MAX 64u
+#define BN_AGENT_BATCH 64u      /* segments (and descriptors) in one message; the kernel's limit is 253 */
+#define BN_AGENT_MSG_MAX 16384u /* bytes of one packet */
+
+enum bn_agent_state {
+    BN_AGENT_INACTIVE = 0, /* stepped aside; `reason` says why: the driver's own path serves this process */
+    BN_AGENT_ACTIVE = 1,   /* gate open */
+    BN_AGENT_CLOSED = 2,   /* gate closed, every context idle, memory mapped */
+    BN_AGENT_EVICTED =
+        3, /* gate closed, every segment unmapped and released, no descriptor of the driver's held */
+};
+
+/* Things in the process that the driver cannot checkpoint or restore (facts: driver 580). Any non-zero: refuse beforehand. */
+struct bn_agent_blockers {
+    uint64_t managed_bytes;  /* cuMemAllocManaged: checkpoint answers 801 */
+    uint64_t host_vmm_bytes; /* VMM memory at a host location: restore answers 999 and the process is lost */
+    uint64_t
+        imported_handles; /* memory of another process imported by the application: restore answers 801, lost */
+    uint64_t multicast_handles;
+};
+
+struct bn_agent_gpu {
+    uint8_t uuid[16];
+    uint64_t bytes; /* evictable memory on it */
+    uint64_t segments;
+};
+
+/* Lives in shared memory that any process with the descriptor can write: copy first, then check. Counters are written with
+ * relaxed atomics by the agent and may be a moment apart from each other. */
+struct bn_agent_page {
+    uint32_t magic, version;
+    uint32_t
+        pid; /* getpid() of the owner, in its own pid namespace: a forked child's inherited page is not its own */
+    int32_t far_fd;    /* number of the far end in the owner's descriptor table */
+    uint32_t state;    /* enum bn_agent_state */
+    uint32_t captures; /* stream captures under way: the gate cannot close meanwhile */
+    uint8_t instance
+        [16]; /* random, made at start; travels with the process through a checkpoint and names it there */
+    uint64_t epoch;               /* evictions so far */
+    uint64_t allocations;         /* live converted allocations, as the application sees them */
+    uint64_t native_bytes;        /* small cuMemAlloc memory left to the driver, for information */
+    uint64_t gated_calls_unknown; /* functions asked for by name that the table does not know */
+    struct bn_agent_blockers blockers;
+    uint32_t gpu_count;     /* entries of gpu[], indexed by the application's device ordinal */
+    uint32_t unknown_count; /* entries of unknown[] */
+    struct bn_agent_gpu gpu[BN_AGENT_GPUS_MAX];
+    char agent_version[32];
+    char driver_path[256]; /* the real libcuda.so.1 in use */
+    char reason[256];      /* why INACTIVE */
+    char unknown[64][64];  /* names of functions newer than the agent's table */
+};
+_Static_assert(sizeof(struct bn_agent_page) <= BN_AGENT_PAGE_SIZE, "page fits its memfd");
+
+enum bn_agent_msg_type {
+    BN_AGENT_HELLO = 1, /* -> nothing; reply: count = 0. Proves that the agent's thread answers. */
+    BN_AGENT_CLOSE =
+        2, /* arg = milliseconds. Close the gate, wait for calls inside, synchronise every context.
+                            Errors: EBUSY (a call inside, or work on the GPU, did not end in time), EAGAIN (a stream
+                            capture is under way), ENOTSUP (blockers; text says which). On error the gate is open. */
+    BN_AGENT_OPEN = 3, /* Open the gate. EINVAL unless CLOSED with every segment in place. */
+    BN_AGENT_LIST =
+        4, /* arg = index of the first segment; reply: count records from there on (<= BN_AGENT_BATCH),
+                            arg = segments in all. Only while CLOSED or EVICTED; the order is stable until OPEN. */
+    BN_AGENT_EXPORT =
+        5, /* arg = index of the first segment; reply: count records, one descriptor each. Only CLOSED. */
+    BN_AGENT_EVICT = 6, /* Unmap and release every segment, close the kept descriptors. CLOSED -> EVICTED. */
+    BN_AGENT_IMPORT =
+        7, /* count records (id, size) with one descriptor each: import, map at every old address with the
+                            old access. EVICTED; after the last one the state is CLOSED. Idempotent per segment. */
+};
+
+struct bn_agent_msg {
+    uint32_t magic;
+    uint16_t type, reply; /* reply: 1 in answers */
+    uint32_t id;
+    int32_t error;       /* replies: 0 or positive errno */
+    uint32_t cuda_error; /* replies: the CUresult behind the error, or 0 */
+    uint32_t count;      /* records that follow */
+    uint64_t arg;
+    char text[160]; /* replies: what is wrong, for a person; NUL-terminated */
+};
+
+struct bn_agent_segment {
+    uint64_t id;      /* of the agent's own; unique in the life of the process */
+    uint64_t size;    /* bytes, multiple of the granularity (2 MiB) */
+    uint64_t va;      /* lowest address it is mapped at; 0 = held but not mapped */
+    uint8_t uuid[16]; /* GPU that holds it, as the application knows it */
+    uint32_t flags;   /* BN_SEGMENT_… */
+    uint32_t reserved;
+};
+#define BN_SEGMENT_RDMA 1u       /* created with gpuDirectRDMACapable: recreate it so */
+#define BN_SEGMENT_COMPRESSED 2u /* created with compression: recreate it so */
+
+_Static_assert(sizeof(struct bn_agent_msg) + BN_AGENT_BATCH * sizeof(struct bn_agent_segment) <=
+                   BN_AGENT_MSG_MAX,
+               "a full batch fits one packet");
