@@ -56,6 +56,10 @@ class Function:
     def typed(self):
         return self.ret != ""
 
+    def signature(self):
+        """What makes two prototypes the same function to a caller; None without a prototype."""
+        return (self.ret, tuple(p.type + p.suffix for p in self.params)) if self.typed else None
+
     def prototype(self):
         if not self.typed:
             return self.name
