@@ -27,7 +27,8 @@ help:
 setup:
 	@scripts/setup check
 
-demo: setup
+demo:
+	@scripts/setup demo
 	@$(MAKE) --no-print-directory all
 	@scripts/demo $(BUILD)
 
