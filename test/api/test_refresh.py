@@ -81,6 +81,7 @@ def main():
         expect({n: f.prototype() for n, f in read.functions.items()} == EXPECTED, f"old header: {table.read_text()}")
         expect(set(read.names("gate")) == set(EXPECTED), "a new function is of class gate")
         expect(read.types == {"CUmode": "int"}, f"types {read.types}")
+        expect(read.toolkit == 12000, f"toolkit {read.toolkit}")
 
         # A class set by hand stays; nothing is dropped; a parameter's new name changes nothing.
         table.write_text(table.read_text().replace("gate   CUresult cuAlpha_v2", "wrap   CUresult cuAlpha_v2"))
@@ -93,6 +94,7 @@ def main():
         delta = {"cuDelta": "CUresult cuDelta(CUcall call, int values[], const CUthing *thing)"}
         expect({n: f.prototype() for n, f in read.functions.items()} == EXPECTED | delta, "both headers")
         expect(read.names("wrap") == ["cuAlpha_v2"], "the class was kept")
+        expect(read.toolkit == 13000, f"toolkit {read.toolkit}")
         expect(read.types == {"CUcall": "void *", "CUmode": "int"}, f"types {read.types}")
         expect(refresh(table, "--check", *headers.values()).returncode == 0, "a second run changes nothing")
 

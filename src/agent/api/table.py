@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Reads and writes functions.tbl, the table of the CUDA driver's functions.
 
-The table is text. `#` starts a comment line. Two kinds of other lines:
+The table is text. `#` starts a comment line. Three kinds of other lines:
+
+    toolkit CUDA_VERSION
+        The newest toolkit that the table was refreshed from, as cuda.h writes it: 13010 is CUDA 13.1. A newer one
+        may have more than the table.
 
     type NAME = C_TYPE
         A type that a function takes by value and that gpu/cuda_types.h does not define: what stands for it in
@@ -72,6 +76,7 @@ class Function:
 class Table:
     functions: dict = field(default_factory=dict)  # name -> Function, in the file's order
     types: dict = field(default_factory=dict)  # name -> C type that stands for it
+    toolkit: int = 0  # newest CUDA_VERSION that it covers
 
     def names(self, cls=None):
         return [f.name for f in self.functions.values() if cls is None or f.cls == cls]
@@ -138,6 +143,11 @@ def load(path):
         word, _, rest = line.partition(" ")
         rest = rest.strip()
         where = f"{path}:{number}"
+        if word == "toolkit":
+            if not rest.isdecimal():
+                raise TableError(f"{where}: write `toolkit CUDA_VERSION`")
+            table.toolkit = int(rest)
+            continue
         if word == "type":
             name, sign, target = (s.strip() for s in rest.partition("="))
             if sign != "=" or not re.fullmatch(r"\w+", name) or not target:
