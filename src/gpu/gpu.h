@@ -82,8 +82,7 @@ struct bn_gpu_block {
 
 /* Import `n` >= 1 blocks from descriptors that came out of another process (or out of bn_gpu_set_fd). Takes the descriptors over
  * on success: they are closed with the set, since an imported handle cannot be exported again. On failure they stay the
- * caller's. The descriptors may come from a hostile process: a wrong one is refused (-EINVAL), a size that is not the
- * handle's own as well. The content is left alone. */
+ * caller's. The descriptors may come from a hostile process: a wrong one is refused (-EINVAL), too large a size as well. The content is left alone. */
 int bn_gpu_set_import(struct bn_gpu *gpu, unsigned dev, const struct bn_gpu_block *blocks, size_t n,
                       struct bn_gpu_set **out, struct bn_error *err);
 
@@ -239,8 +238,8 @@ enum bn_ckpt_state {
     BN_CKPT_CHECKPOINTED,
     BN_CKPT_FAILED,  /* lost: the driver can neither restore nor unlock it */
     BN_CKPT_NO_CUDA, /* the process lives and has never initialised CUDA */
-    BN_CKPT_INHERITED, /* no CUDA of its own, but it holds the GPU's device files: a child forked without exec. The driver does
-                          nothing for it and CRIU cannot dump it. */
+    BN_CKPT_FILES_ONLY, /* the driver knows no CUDA in it, but it holds the GPU's device files: a child forked without exec,
+                           a user of NVML alone, or cuInit under way. The driver does nothing for it; CRIU cannot dump it. */
 };
 
 /* What the driver says of a process. "No CUDA" is not read from the driver's error alone (it answers INVALID_VALUE for that and

@@ -1,0 +1,198 @@
+/* Streamed copies: a set on one side, a callback on the other, staging buffers between.
+ *
+ * Every worker thread has a stream and two buffers of its own and needs no other worker: while its callback works on one buffer the
+ * other one is being copied. Buffers of all workers queue up at the GPU's copy engine, which takes them in turn. */
+#include "gpu/copy.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+struct slot {
+    void *data;
+    CUevent event;
+    uint64_t off, bytes; /* bytes 0: idle */
+};
+
+struct worker {
+    struct bn_copy *job;
+    const struct bn_driver *cu;
+    CUstream stream;
+    struct slot slots[2];
+    uint64_t piece; /* bytes at a time */
+    pthread_t thread;
+    bool started;
+};
+
+static int worker_open(struct worker *w)
+{
+    const unsigned flags = CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING;
+    CUresult c = w->cu->StreamCreate(&w->stream, CU_STREAM_NON_BLOCKING);
+    for (unsigned i = 0; i < 2 && c == CUDA_SUCCESS; i++)
+        c = w->cu->EventCreate(&w->slots[i].event, flags);
+    if (c == CUDA_SUCCESS)
+        return 0;
+    bn_copy_fail_cuda(w->job, c, "making a copy stream");
+    return -EIO;
+}
+
+static void worker_close(struct worker *w)
+{
+    if (w->stream) {
+        w->cu->StreamSynchronize(w->stream); /* after a failure something may still be under way */
+        w->cu->StreamDestroy(w->stream);
+    }
+    for (unsigned i = 0; i < 2; i++)
+        if (w->slots[i].event)
+            w->cu->EventDestroy(w->slots[i].event);
+}
+
+/* Start the copy of a slot. False: failed, the slot is idle. */
+static bool slot_start(struct worker *w, struct slot *s)
+{
+    CUdeviceptr dev = bn_gpu_set_ptr(w->job->spec.set) + s->off;
+    CUresult c = w->job->spec.mode == BN_COPY_OUT ? w->cu->MemcpyDtoHAsync(s->data, dev, s->bytes, w->stream)
+                                                  : w->cu->MemcpyHtoDAsync(dev, s->data, s->bytes, w->stream);
+    if (c == CUDA_SUCCESS)
+        c = w->cu->EventRecord(s->event, w->stream);
+    if (c != CUDA_SUCCESS) {
+        s->bytes = 0;
+        bn_copy_fail_cuda(w->job, c, "starting a copy");
+    }
+    return c == CUDA_SUCCESS;
+}
+
+static bool slot_wait(struct worker *w, struct slot *s)
+{
+    CUresult c = w->cu->EventSynchronize(s->event);
+    if (c != CUDA_SUCCESS)
+        bn_copy_fail_cuda(w->job, c, "a copy");
+    return c == CUDA_SUCCESS;
+}
+
+static void run_out(struct worker *w)
+{
+    const struct bn_copy_spec *spec = &w->job->spec;
+    for (unsigned i = 0;; i ^= 1) {
+        struct slot *next = &w->slots[i], *ready = &w->slots[i ^ 1];
+        if (bn_copy_next(w->job, w->piece, &next->off, &next->bytes, NULL))
+            slot_start(w, next);
+        if (ready->bytes == 0 && next->bytes == 0)
+            return;
+        if (ready->bytes == 0)
+            continue;
+        if (!slot_wait(w, ready) || atomic_load(&w->job->stop))
+            return;
+        struct bn_error err = BN_ERROR_INIT;
+        int r = spec->consume(spec->arg, ready->off / BN_GPU_CHUNK, (unsigned)(ready->bytes / BN_GPU_CHUNK),
+                              ready->data, &err);
+        if (r < 0) {
+            bn_copy_fail(w->job, r, &err);
+            return;
+        }
+        atomic_fetch_add(&w->job->done, ready->bytes);
+        ready->bytes = 0;
+    }
+}
+
+static bool slot_drain(struct worker *w, struct slot *s)
+{
+    if (s->bytes == 0)
+        return true;
+    if (!slot_wait(w, s))
+        return false;
+    atomic_fetch_add(&w->job->done, s->bytes);
+    s->bytes = 0;
+    return true;
+}
+
+static void run_in(struct worker *w)
+{
+    const struct bn_copy_spec *spec = &w->job->spec;
+    for (unsigned i = 0;; i ^= 1) {
+        struct slot *s = &w->slots[i];
+        if (!slot_drain(w, s))
+            return;
+        if (!bn_copy_next(w->job, w->piece, &s->off, &s->bytes, NULL))
+            break;
+        struct bn_error err = BN_ERROR_INIT;
+        int r = spec->produce(spec->arg, s->off / BN_GPU_CHUNK, (unsigned)(s->bytes / BN_GPU_CHUNK), s->data,
+                              &err);
+        if (r < 0) {
+            s->bytes = 0;
+            bn_copy_fail(w->job, r, &err);
+            return;
+        }
+        if (!slot_start(w, s))
+            return;
+    }
+    slot_drain(w, &w->slots[0]);
+    slot_drain(w, &w->slots[1]);
+}
+
+static void *worker_run(void *arg)
+{
+    struct worker *w = arg;
+    struct bn_error err = BN_ERROR_INIT;
+    int r = bn_gpu_enter(w->job->gpu, bn_gpu_set_device(w->job->spec.set), "copy", &err);
+    if (r < 0) {
+        bn_copy_fail(w->job, r, &err);
+        return NULL;
+    }
+    if (worker_open(w) == 0) {
+        if (w->job->spec.mode == BN_COPY_OUT)
+            run_out(w);
+        else
+            run_in(w);
+    }
+    worker_close(w);
+    bn_gpu_leave(w->job->gpu);
+    return NULL;
+}
+
+/* Small jobs get small pieces, so that every worker has a few. */
+static uint64_t piece_size(uint64_t total, unsigned workers, uint64_t buffer)
+{
+    uint64_t piece = total / (4 * (uint64_t)workers);
+    piece -= piece % BN_GPU_CHUNK;
+    if (piece < BN_GPU_CHUNK)
+        piece = BN_GPU_CHUNK;
+    return piece < buffer ? piece : buffer;
+}
+
+static void run_workers(struct bn_copy *job, struct worker *workers, struct bn_mem **buffers, unsigned n)
+{
+    uint64_t piece = piece_size(job->total, n, bn_copier_buffer(job->copier));
+    for (unsigned i = 0; i < n; i++) {
+        struct worker *w = &workers[i];
+        *w = (struct worker){.job = job, .cu = &job->gpu->cu, .piece = piece};
+        for (unsigned k = 0; k < 2; k++)
+            w->slots[k].data = bn_mem_piece(buffers[2 * i + k], 0, NULL, NULL);
+        /* This thread is worker 0. Fewer threads than wished for do the job as well. */
+        w->started = i > 0 && bn_gpu_thread(&w->thread, worker_run, w) == 0;
+    }
+    worker_run(&workers[0]);
+    for (unsigned i = 1; i < n; i++)
+        if (workers[i].started)
+            pthread_join(workers[i].thread, NULL);
+}
+
+void bn_copy_streamed(struct bn_copy *job)
+{
+    unsigned want = job->spec.workers ? job->spec.workers : bn_copier_workers(job->copier);
+    uint64_t chunks = job->total / BN_GPU_CHUNK;
+    if (want > chunks)
+        want = (unsigned)chunks;
+    struct bn_mem **buffers = calloc(2 * (size_t)want, sizeof(struct bn_mem *));
+    struct worker *workers = calloc(want, sizeof(*workers));
+    if (!buffers || !workers) {
+        bn_copy_fail(job, -ENOMEM, NULL);
+    } else {
+        unsigned n = bn_copier_lend(job->copier, job, buffers, 2 * want);
+        if (n > 0) {
+            run_workers(job, workers, buffers, n / 2);
+            bn_copier_return(job->copier, buffers, n);
+        }
+    }
+    free(workers);
+    free(buffers);
+}

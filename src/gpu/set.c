@@ -1,0 +1,280 @@
+/* Sets of device memory: many handles in one address range.
+ *
+ * One reservation, one map a block, one cuMemSetAccess over the whole: linear in the number of blocks, and a copy of any length
+ * runs across block borders. Handles are kept until the set goes, since a created block is exported only when asked for. */
+#include "gpu/driver.h"
+
+#include "base/cleanup.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+struct block {
+    CUmemGenericAllocationHandle handle;
+    uint64_t offset, size;
+    uint32_t flags;
+    int fd; /* owned; -1: not exported yet */
+};
+
+struct bn_gpu_set {
+    struct bn_gpu *gpu;
+    unsigned dev;
+    size_t count;   /* blocks asked for */
+    size_t handles; /* of them: have a handle */
+    size_t mapped;  /* of them: are mapped */
+    uint64_t bytes;
+    CUdeviceptr base;     /* 0: not reserved */
+    pthread_mutex_t lock; /* of the exports */
+    struct block blocks[];
+};
+
+#define MIB(bytes) ((unsigned long long)((bytes) >> 20))
+
+static int set_new(struct bn_gpu *gpu, unsigned dev, const struct bn_gpu_block *blocks, size_t n,
+                   const char *stage, struct bn_gpu_set **out, struct bn_error *err)
+{
+    if (dev >= gpu->count)
+        return bn_error_set(err, ENODEV, stage, "There is no GPU %u: the driver shows %u.", dev, gpu->count);
+    if (n == 0 || n > (SIZE_MAX - sizeof(struct bn_gpu_set)) / sizeof(struct block))
+        return bn_error_set(err, EINVAL, stage, "A set of %zu blocks of GPU memory is not possible.", n);
+
+    struct bn_gpu_set *set = calloc(1, sizeof(*set) + n * sizeof(struct block));
+    if (!set)
+        return bn_error_set(err, ENOMEM, stage, "Out of memory.");
+    pthread_mutex_init(&set->lock, NULL);
+    set->gpu = gpu;
+    set->dev = dev;
+    set->count = n;
+    for (size_t i = 0; i < n; i++) {
+        uint64_t size = blocks[i].size;
+        set->blocks[i] =
+            (struct block){.offset = set->bytes, .size = size, .flags = blocks[i].flags, .fd = -1};
+        if (size == 0 || size % BN_GPU_CHUNK != 0 || size > (UINT64_C(1) << 47) - set->bytes) {
+            bn_gpu_set_free(set);
+            return bn_error_set(err, EINVAL, stage,
+                                "A block of %llu bytes is not possible: blocks are multiples of 2 MiB.",
+                                (unsigned long long)size);
+        }
+        set->bytes += size;
+    }
+    *out = set;
+    return 0;
+}
+
+/* Map every handle and open the range to the device. The context is current. */
+static int set_map(struct bn_gpu_set *set, const char *stage, struct bn_error *err)
+{
+    const struct bn_driver *cu = &set->gpu->cu;
+    CUresult r = cu->MemAddressReserve(&set->base, set->bytes, 0, 0, 0);
+    if (r != CUDA_SUCCESS) {
+        set->base = 0;
+        return bn_cuda_fail(err, r, stage, "GPU %u: %llu MiB of addresses cannot be reserved", set->dev,
+                            MIB(set->bytes));
+    }
+    for (; set->mapped < set->count; set->mapped++) {
+        const struct block *b = &set->blocks[set->mapped];
+        r = cu->MemMap(set->base + b->offset, b->size, 0, b->handle, 0);
+        if (r != CUDA_SUCCESS)
+            return bn_cuda_fail(err, r, stage, "GPU %u: block %zu (%llu MiB) of %zu cannot be mapped",
+                                set->dev, set->mapped, MIB(b->size), set->count);
+    }
+    CUmemAccessDesc access = {
+        .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = set->gpu->devices[set->dev].cu},
+        .flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+    };
+    r = cu->MemSetAccess(set->base, set->bytes, &access, 1);
+    if (r != CUDA_SUCCESS)
+        return bn_cuda_fail(err, r, stage, "GPU %u: %llu MiB in %zu blocks cannot be made accessible",
+                            set->dev, MIB(set->bytes), set->count);
+    return 0;
+}
+
+int bn_gpu_set_import(struct bn_gpu *gpu, unsigned dev, const struct bn_gpu_block *blocks, size_t n,
+                      struct bn_gpu_set **out, struct bn_error *err)
+{
+    const char *stage = "import";
+    struct bn_gpu_set *set;
+    int r = set_new(gpu, dev, blocks, n, stage, &set, err);
+    if (r < 0)
+        return r;
+    r = bn_gpu_enter(gpu, dev, stage, err);
+    if (r < 0) {
+        bn_gpu_set_free(set);
+        return r;
+    }
+    for (; r == 0 && set->handles < n; set->handles++) {
+        const struct bn_gpu_block *b = &blocks[set->handles];
+        CUresult c = gpu->cu.MemImport(&set->blocks[set->handles].handle, (void *)(uintptr_t)b->fd,
+                                       CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+        if (c != CUDA_SUCCESS) {
+            r = bn_cuda_fail(err, c, stage,
+                             "GPU %u: block %zu (%llu MiB) of %zu cannot be taken from its descriptor", dev,
+                             set->handles, MIB(b->size), n);
+            break;
+        }
+    }
+    if (r == 0)
+        r = set_map(set, stage, err);
+    bn_gpu_leave(gpu);
+    if (r < 0) {
+        bn_gpu_set_free(set);
+        return r;
+    }
+    for (size_t i = 0; i < n; i++)
+        set->blocks[i].fd = blocks[i].fd;
+    *out = set;
+    return 0;
+}
+
+static int create_failed(struct bn_gpu_set *set, size_t i, CUresult c, struct bn_error *err)
+{
+    struct bn_gpu *gpu = set->gpu;
+    if (c != CUDA_ERROR_OUT_OF_MEMORY)
+        return bn_cuda_fail(err, c, "create", "GPU %u: block %zu (%llu MiB) of %zu cannot be created",
+                            set->dev, i, MIB(set->blocks[i].size), set->count);
+    size_t free_bytes = 0, total = 0;
+    gpu->cu.MemGetInfo(&free_bytes, &total);
+    return bn_error_set(err, ENOMEM, "create",
+                        "GPU %u (%s) has too little free memory: %llu MiB are needed, %llu MiB were free "
+                        "when %llu MiB of them "
+                        "were taken. Stop or suspend something on it.",
+                        set->dev, gpu->devices[set->dev].info.name, MIB(set->bytes),
+                        MIB(free_bytes + set->blocks[i].offset), MIB(set->blocks[i].offset));
+}
+
+/* The context is current. */
+static int create_all(struct bn_gpu_set *set, struct bn_error *err)
+{
+    const struct bn_gpu_device *d = &set->gpu->devices[set->dev];
+    for (; set->handles < set->count; set->handles++) {
+        struct block *b = &set->blocks[set->handles];
+        CUmemAllocationProp prop = {
+            .type = CU_MEM_ALLOCATION_TYPE_PINNED,
+            .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+            .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = d->cu},
+        };
+        if ((b->flags & BN_GPU_RDMA) && d->info.rdma)
+            prop.allocFlags.gpuDirectRDMACapable = 1;
+        if ((b->flags & BN_GPU_COMPRESSED) && d->info.compression)
+            prop.allocFlags.compressionType = CU_MEM_ALLOCATION_COMP_GENERIC;
+        CUresult c = set->gpu->cu.MemCreate(&b->handle, b->size, &prop, 0);
+        if (c != CUDA_SUCCESS)
+            return create_failed(set, set->handles, c, err);
+    }
+    return 0;
+}
+
+int bn_gpu_set_create(struct bn_gpu *gpu, unsigned dev, const struct bn_gpu_block *blocks, size_t n,
+                      struct bn_gpu_set **out, struct bn_error *err)
+{
+    struct bn_gpu_set *set;
+    int r = set_new(gpu, dev, blocks, n, "create", &set, err);
+    if (r < 0)
+        return r;
+    r = bn_gpu_enter(gpu, dev, "create", err);
+    if (r == 0) {
+        r = create_all(set, err);
+        if (r == 0)
+            r = set_map(set, "create", err);
+        bn_gpu_leave(gpu);
+    }
+    if (r < 0) {
+        bn_gpu_set_free(set);
+        return r;
+    }
+    *out = set;
+    return 0;
+}
+
+static void set_unmap(struct bn_gpu_set *set)
+{
+    const struct bn_driver *cu = &set->gpu->cu;
+    if (set->mapped > 0) {
+        const struct block *last = &set->blocks[set->mapped - 1];
+        /* One call covers all mappings of the range; a driver that insists on one at a time gets it so. */
+        if (cu->MemUnmap(set->base, last->offset + last->size) != CUDA_SUCCESS)
+            for (size_t i = 0; i < set->mapped; i++)
+                cu->MemUnmap(set->base + set->blocks[i].offset, set->blocks[i].size);
+    }
+    for (size_t i = 0; i < set->handles; i++)
+        cu->MemRelease(set->blocks[i].handle);
+    if (set->base)
+        cu->MemAddressFree(set->base, set->bytes);
+}
+
+void bn_gpu_set_free(struct bn_gpu_set *set)
+{
+    if (!set)
+        return;
+    if (set->handles > 0 || set->base) {
+        /* The calls name what they free; should the context be unusable, try without. */
+        bool entered = bn_gpu_enter(set->gpu, set->dev, "free", NULL) == 0;
+        set_unmap(set);
+        if (entered)
+            bn_gpu_leave(set->gpu);
+    }
+    for (size_t i = 0; i < set->count; i++)
+        bn_close(set->blocks[i].fd);
+    pthread_mutex_destroy(&set->lock);
+    free(set);
+}
+
+size_t bn_gpu_set_count(const struct bn_gpu_set *set)
+{
+    return set->count;
+}
+
+uint64_t bn_gpu_set_bytes(const struct bn_gpu_set *set)
+{
+    return set->bytes;
+}
+
+unsigned bn_gpu_set_device(const struct bn_gpu_set *set)
+{
+    return set->dev;
+}
+
+uint64_t bn_gpu_set_offset(const struct bn_gpu_set *set, size_t i)
+{
+    return set->blocks[i].offset;
+}
+
+uint64_t bn_gpu_set_size(const struct bn_gpu_set *set, size_t i)
+{
+    return set->blocks[i].size;
+}
+
+uint32_t bn_gpu_set_flags(const struct bn_gpu_set *set, size_t i)
+{
+    return set->blocks[i].flags;
+}
+
+uint64_t bn_gpu_set_ptr(const struct bn_gpu_set *set)
+{
+    return set->base;
+}
+
+int bn_gpu_set_fd(struct bn_gpu_set *set, size_t i, struct bn_error *err)
+{
+    struct block *b = &set->blocks[i];
+    struct bn_gpu *gpu = set->gpu;
+
+    pthread_mutex_lock(&set->lock);
+    int r = b->fd;
+    if (r < 0 && (r = bn_gpu_enter(gpu, set->dev, "export", err)) == 0) {
+        int fd = -1;
+        CUresult c = gpu->cu.MemExport(&fd, b->handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+        bn_gpu_leave(gpu);
+        if (c != CUDA_SUCCESS) {
+            r = bn_cuda_fail(err, c, "export", "GPU %u: block %zu (%llu MiB) cannot be handed over", set->dev,
+                             i, MIB(b->size));
+        } else {
+            fcntl(fd, F_SETFD, FD_CLOEXEC);
+            r = b->fd = fd;
+        }
+    }
+    pthread_mutex_unlock(&set->lock);
+    return r;
+}
