@@ -1,0 +1,91 @@
+/* Packs: files `bennu-pack-%u.img` in an image folder that hold chunks, one behind the other, nothing else.
+ *
+ * Chunks are numbered as the manifest numbers them (bn_manifest_layout). Buffers are BN_CHUNK_SIZE bytes, aligned to
+ * BN_PACK_ALIGN, so that the same path can go around the page cache later.
+ */
+#pragma once
+
+#include "base/error.h"
+#include "image/manifest.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define BN_PACK_NAME "bennu-pack-%u.img"
+#define BN_PACK_NAME_MAX 32u
+#define BN_PACK_BATCH 8u                   /* chunks of one batch: 16 MiB */
+#define BN_PACK_BYTES ((uint64_t)64 << 30) /* a pack that has reached this is followed by another */
+#define BN_PACK_LANES 8u                   /* packs that are written at the same time, at most */
+
+/* ---- Writing ---- */
+
+/* Writes go to as many packs as there are threads writing at one moment (at most BN_PACK_LANES), since the kernel lets one
+ * thread at a time write into one file; a single writing thread makes a single pack. */
+struct bn_pack_writer;
+
+#define BN_PACK_NOSYNC 1u /* finish without fsync: for images that live in memory anyway */
+
+struct bn_pack_options {
+    unsigned flags;      /* BN_PACK_… */
+    uint64_t pack_bytes; /* 0 = BN_PACK_BYTES (tests: rounded up to a whole batch) */
+    unsigned lanes;      /* 0 = BN_PACK_LANES */
+};
+
+/* For the `n_chunks` chunks of one manifest, hashed with its `key`. `dirfd` is duplicated. `options` may be NULL.
+ * -EINVAL, -ENOMEM, or the errno of dup. The caller ends it with bn_pack_writer_close() or bn_pack_writer_abort(). */
+int bn_pack_writer_open(int dirfd, const uint8_t key[BN_HASH_KEY_SIZE], uint32_t n_chunks,
+                        const struct bn_pack_options *options, struct bn_pack_writer **out,
+                        struct bn_error *err);
+
+struct bn_pack_item {
+    uint32_t chunk;
+    const void *data; /* NULL: known to be all zero */
+};
+
+/* Hash one chunk and store it, unless it is zero or the image has the same bytes already. Any thread, several at once. The
+ * buffer is free again on return. A chunk may be added again: the last one counts, the room of the first is lost; not
+ * the same chunk by two threads at once. After a failure every later call fails with the same error.
+ * -ENOSPC, -EIO … with the name of the file; -EEXIST: the folder already holds packs; -EINVAL: no such chunk. */
+int bn_pack_writer_add(struct bn_pack_writer *w, uint32_t chunk, const void *data, struct bn_error *err);
+/* The same for up to BN_PACK_BATCH chunks, written together: one call, one piece of the file. */
+int bn_pack_writer_add_batch(struct bn_pack_writer *w, const struct bn_pack_item *items, size_t n,
+                             struct bn_error *err);
+
+struct bn_pack_stats {
+    uint64_t chunks;       /* added */
+    uint64_t zero_chunks;  /* of these: zero */
+    uint64_t same_chunks;  /* of these: found in the image already */
+    uint64_t stored_bytes; /* written */
+};
+/* At any time, from any thread: for progress. */
+void bn_pack_writer_stats(const struct bn_pack_writer *w, struct bn_pack_stats *out);
+
+/* When every add has returned: fsync the packs and the folder, fill `chunks` and `packs` of the manifest that the numbers come
+ * from (bn_manifest_layout was called on it). -EINVAL: a chunk was never added. Other errors as add. On an error
+ * the manifest is as before. */
+int bn_pack_writer_finish(struct bn_pack_writer *w, struct bn_manifest *m, struct bn_error *err);
+
+/* End without an image: removes every pack that it made, also after finish. Takes NULL. */
+void bn_pack_writer_abort(struct bn_pack_writer *w);
+/* End: keeps the packs if finish succeeded, else removes them as abort does. Takes NULL. */
+void bn_pack_writer_close(struct bn_pack_writer *w);
+
+/* ---- Reading ---- */
+
+struct bn_pack_reader;
+
+/* Open every pack of `m` (which must outlive the reader and not change), relative to `dirfd` (not kept). Packs must be regular
+ * files, no symbolic links, of exactly the length that the manifest says.
+ * -ENOENT: a pack is missing; -EBADMSG: it has another length or is no regular file; others as open(2). */
+int bn_pack_reader_open(int dirfd, const struct bn_manifest *m, struct bn_pack_reader **out,
+                        struct bn_error *err);
+void bn_pack_reader_free(struct bn_pack_reader *r);
+
+/* Read a chunk into `dst` (BN_CHUNK_SIZE bytes) and compare its hash. Any thread, several at once. On an error `dst` holds
+ * rubbish. -EBADMSG: truncated or changed, with the process, segment and file that are concerned; -EIO …; -EINVAL: no
+ * such chunk. */
+int bn_pack_reader_read(struct bn_pack_reader *r, uint32_t chunk, void *dst, struct bn_error *err);
+/* The same without comparing the hash: for callers that hash on the GPU afterwards. */
+int bn_pack_reader_read_unverified(struct bn_pack_reader *r, uint32_t chunk, void *dst, struct bn_error *err);
+/* Compare the hash of a chunk that lies in memory already. 0 or -EBADMSG. */
+int bn_pack_reader_verify(struct bn_pack_reader *r, uint32_t chunk, const void *data, struct bn_error *err);
