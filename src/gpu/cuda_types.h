@@ -12,7 +12,7 @@
  * Not to be included together with a real cuda.h. A structure that is only ever passed on by pointer is not
  * defined here: the function table's generator writes `void *` for it.
  *
- * Sources: NVIDIA's CUDA driver API reference, 12.0 to 13.1, and the values that those toolkits give.
+ * Sources: NVIDIA's CUDA driver API reference, 12.0 to 13.5, and the values that those toolkits give.
  */
 
 #include <stddef.h>
@@ -141,6 +141,7 @@ typedef unsigned long long CUmemGenericAllocationHandle;
 typedef unsigned long long CUtexObject;
 typedef unsigned long long CUsurfObject;
 typedef cuuint64_t CUgraphConditionalHandle;
+typedef cuuint32_t CUlogicalEndpointId;
 typedef unsigned int CUlogIterator;
 
 typedef struct CUctx_st *CUcontext;
@@ -602,16 +603,21 @@ typedef enum CUdriverProcAddressQueryResult_enum {
     CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT = 2,
 } CUdriverProcAddressQueryResult;
 
-/* ---- Checkpoint (drivers 570 and newer; device migration 580 and newer) ------------------------------------ */
+/* ---- Checkpoint (CUDA 12.8, driver 570, and newer; migration between devices: CUDA 13.0, driver 580) ------- */
 
 typedef enum CUprocessState_enum {
     CU_PROCESS_STATE_RUNNING = 0,
     CU_PROCESS_STATE_LOCKED = 1,
     CU_PROCESS_STATE_CHECKPOINTED = 2,
     CU_PROCESS_STATE_FAILED = 3,
+    CU_PROCESS_STATE_CHECKPOINTING = 4, /* CUDA 13.4 and newer, with custom storage only */
+    CU_PROCESS_STATE_RESTORING = 5,     /* likewise */
 } CUprocessState;
 
-/* Every argument block is 64 bytes; reserved fields must be zero. */
+/*
+ * Every argument block is 64 bytes and grows into its reserved part. What is reserved must be zero, and so must
+ * each field that is newer than the driver in use: its place was reserved there.
+ */
 
 typedef struct CUcheckpointLockArgs_st {
     unsigned int timeoutMs; /* 0: wait without a limit */
@@ -619,8 +625,26 @@ typedef struct CUcheckpointLockArgs_st {
     cuuint64_t reserved1[7];
 } CUcheckpointLockArgs;
 
+/* Custom storage (CUDA 13.4 and newer): the caller copies GPU memory itself, from and to these addresses, then calls
+ * cuCheckpointOperationComplete(). */
+typedef struct CUIcheckpointOperation_st *CUcheckpointOperationHandle;
+
+typedef struct CUcheckpointCustomStoragePerDeviceData_st {
+    CUdeviceptr devPtr;
+    size_t size;
+    CUstream stream;
+} CUcheckpointCustomStoragePerDeviceData;
+
+typedef struct CUcheckpointCustomStorageInfo_st {
+    CUcheckpointOperationHandle handle;
+    CUcheckpointCustomStoragePerDeviceData *perDeviceData;
+    unsigned int deviceCount;
+} CUcheckpointCustomStorageInfo;
+
 typedef struct CUcheckpointCheckpointArgs_st {
-    cuuint64_t reserved[8];
+    CUcheckpointCustomStorageInfo *
+        *customStorageInfo_out; /* CUDA 13.4; NULL: the driver saves to host memory */
+    char reserved[56];
 } CUcheckpointCheckpointArgs;
 
 typedef struct CUcheckpointGpuPair_st {
@@ -629,10 +653,11 @@ typedef struct CUcheckpointGpuPair_st {
 } CUcheckpointGpuPair;
 
 typedef struct CUcheckpointRestoreArgs_st {
-    CUcheckpointGpuPair *gpuPairs; /* NULL: the devices that it was checkpointed on */
+    CUcheckpointGpuPair *gpuPairs; /* CUDA 13.0; NULL: the devices that it was checkpointed on */
     unsigned int gpuPairsCount;
-    char reserved[52 - sizeof(CUcheckpointGpuPair *)];
-    cuuint64_t reserved1;
+    unsigned int padding0;
+    CUcheckpointCustomStorageInfo **customStorageInfo_out; /* CUDA 13.4; NULL: from host memory */
+    char reserved[40];
 } CUcheckpointRestoreArgs;
 
 typedef struct CUcheckpointUnlockArgs_st {
@@ -658,7 +683,7 @@ _Static_assert(sizeof(CUmemFabricHandle) == 64, "CUmemFabricHandle");
 _Static_assert(sizeof(CUcheckpointLockArgs) == 64, "CUcheckpointLockArgs");
 _Static_assert(sizeof(CUcheckpointCheckpointArgs) == 64, "CUcheckpointCheckpointArgs");
 _Static_assert(sizeof(CUcheckpointRestoreArgs) == 64, "CUcheckpointRestoreArgs");
-_Static_assert(offsetof(CUcheckpointRestoreArgs, reserved1) == 56, "CUcheckpointRestoreArgs.reserved1");
+_Static_assert(offsetof(CUcheckpointRestoreArgs, customStorageInfo_out) == 16, "customStorageInfo_out");
 _Static_assert(sizeof(CUeglFrame) == 64, "CUeglFrame");
 _Static_assert(sizeof(CUcheckpointUnlockArgs) == 64, "CUcheckpointUnlockArgs");
 _Static_assert(sizeof(CUcheckpointGpuPair) == 32, "CUcheckpointGpuPair");

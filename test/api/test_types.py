@@ -17,8 +17,16 @@ from toolkit import ROOT, headers, refresh, side_includes, version, without_comm
 
 OURS = ROOT / "src/gpu/cuda_types.h"
 CC = os.environ.get("CC", "cc").split()
-# What toolkits before CUDA 13.0 lay out or name otherwise.
-NEW_IN_13 = {"CUcheckpointRestoreArgs", "CUcheckpointGpuPair"}
+# Names that are newer than CUDA 13.0, which has all others, and structures whose members are.
+SINCE = {
+    "CU_PROCESS_STATE_CHECKPOINTING": 13040,
+    "CU_PROCESS_STATE_RESTORING": 13040,
+    "CUcheckpointCustomStorageInfo": 13040,
+    "CUcheckpointCustomStoragePerDeviceData": 13040,
+    "CUcheckpointOperationHandle": 13040,
+    "CUlogicalEndpointId": 13030,
+}
+MEMBERS_SINCE = {"CUcheckpointCheckpointArgs": 13040, "CUcheckpointRestoreArgs": 13040}
 
 
 def members(body):
@@ -98,12 +106,18 @@ def compare(header, asked):
     known = without_comments("".join((header.parent / n).read_text(encoding="utf-8", errors="replace")
                                      for n in ("cuda.h", "cudaEGL.h") if (header.parent / n).exists()))
     words = set(re.findall(r"\w+", known))
-    is_13 = version(header) >= 13000
     unknown = sorted({name for _, _, name in asked if name not in words})
-    if is_13 and unknown:
-        print(f"{header}: has no {', '.join(unknown)}")
+    wanted = [name for name in unknown if version(header) >= SINCE.get(name, 13000)]
+    if wanted:
+        print(f"{header}: has no {', '.join(wanted)}")
         return 1
-    kept = [q for q in asked if q[2] in words and (is_13 or q[2] not in NEW_IN_13)]
+
+    def known_there(question):
+        key, _, name = question
+        member = key.startswith(("offset ", "size "))
+        return name in words and not (member and version(header) < MEMBERS_SINCE.get(name, 0))
+
+    kept = [q for q in asked if known_there(q)]
     with tempfile.TemporaryDirectory() as folder:
         write_stubs(folder)
         ours = answers(folder, '#include "gpu/cuda_types.h"\n', [f"-I{ROOT / 'src'}"], kept)
