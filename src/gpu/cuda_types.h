@@ -610,9 +610,12 @@ typedef enum CUprocessState_enum {
     CU_PROCESS_STATE_LOCKED = 1,
     CU_PROCESS_STATE_CHECKPOINTED = 2,
     CU_PROCESS_STATE_FAILED = 3,
-    CU_PROCESS_STATE_CHECKPOINTING = 4, /* CUDA 13.4 and newer, with custom storage only */
-    CU_PROCESS_STATE_RESTORING = 5,     /* likewise */
 } CUprocessState;
+
+/* CUDA 13.4 and newer, and only while a caller uses custom storage, see below. Apart, so that a switch over the
+ * states of every driver is complete without them. */
+#define CU_PROCESS_STATE_CHECKPOINTING ((CUprocessState)4)
+#define CU_PROCESS_STATE_RESTORING ((CUprocessState)5)
 
 /*
  * Every argument block is 64 bytes and grows into its reserved part. What is reserved must be zero, and so must
