@@ -1,0 +1,5 @@
+/* SPDX-License-Identifier: MIT */
+
+/* Memory shared by legacy IPC handles. */
+
+#include "sim.h"
