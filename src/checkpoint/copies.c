@@ -1,0 +1,77 @@
+#include "checkpoint/copies.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+
+#define LOOK_MS 50 /* between two looks at the progress and at the cancel flag */
+
+int bn_copies_start(struct bn_copies *c, struct bn_quiesce *q, const char *name, bn_copies_make_fn make,
+                    void *arg, struct bn_error *err)
+{
+    size_t parts = 0;
+    for (size_t i = 0; i < q->targets.n; i++)
+        parts += q->targets.v[i].nparts;
+    *c = (struct bn_copies){.jobs = calloc(parts ? parts : 1, sizeof(*c->jobs)), .phase = -1, .name = name};
+    if (!c->jobs)
+        return bn_error_set(err, ENOMEM, name, "out of memory");
+    c->phase = bn_report_begin(q->report, name);
+    for (size_t i = 0; i < q->targets.n; i++) {
+        struct bn_target *t = &q->targets.v[i];
+        for (size_t p = 0; p < t->nparts; p++) {
+            struct bn_copy *job = NULL;
+            int r = make(q, t, &t->parts[p], arg, &job, err);
+            if (r < 0) {
+                bn_copies_cancel(c, q);
+                return r;
+            }
+            if (job)
+                c->jobs[c->n++] = job;
+        }
+    }
+    return 0;
+}
+
+static void end(struct bn_copies *c, struct bn_quiesce *q, uint64_t bytes)
+{
+    for (size_t i = 0; i < c->n; i++)
+        bn_copy_free(c->jobs[i]);
+    free(c->jobs);
+    bn_report_end(q->report, c->phase, bytes);
+    *c = (struct bn_copies){.phase = -1};
+}
+
+int bn_copies_finish(struct bn_copies *c, struct bn_quiesce *q, const bool *cancel, struct bn_error *err)
+{
+    if (!c->jobs)
+        return 0;
+    int result = 0;
+    for (;;) {
+        uint64_t done = 0, total = 0;
+        struct bn_copy *running = NULL;
+        for (size_t i = 0; i < c->n; i++) {
+            done += bn_copy_done(c->jobs[i]);
+            total += bn_copy_total(c->jobs[i]);
+            if (!bn_copy_ended(c->jobs[i])) {
+                running = c->jobs[i];
+            } else if (result == 0) {
+                result = bn_copy_wait(c->jobs[i], NULL, NULL, 0, err);
+            }
+        }
+        bn_report_progress(q->report, c->name, done, total);
+        if (result == 0 && cancel && __atomic_load_n(cancel, __ATOMIC_RELAXED))
+            result = bn_error_set(err, ECANCELED, c->name, "cancelled");
+        if (!running || result < 0) {
+            end(c, q, done);
+            return result;
+        }
+        struct pollfd p = {.fd = bn_copy_fd(running), .events = POLLIN};
+        poll(&p, 1, LOOK_MS);
+    }
+}
+
+void bn_copies_cancel(struct bn_copies *c, struct bn_quiesce *q)
+{
+    if (c->jobs)
+        end(c, q, 0);
+}

@@ -1,0 +1,196 @@
+#include "checkpoint/dump.h"
+
+#include "base/cleanup.h"
+#include "base/proc.h"
+#include "checkpoint/copies.h"
+#include "checkpoint/describe.h"
+#include "store/image_dir.h"
+#include "store/pack.h"
+
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LOOK_MS 1000u
+
+struct bn_dump {
+    struct bn_quiesce q;
+    int dirfd;
+    struct bn_manifest *manifest;
+    struct bn_pack_writer *writer;
+    struct bn_copies copies;
+    struct store_part *parts; /* one a part of a target */
+};
+
+struct store_part {
+    struct bn_pack_writer *writer;
+    uint64_t first; /* image chunk of the set's chunk 0 */
+};
+
+static struct bn_dump *of(struct bn_quiesce *q)
+{
+    return (struct bn_dump *)((char *)q - offsetof(struct bn_dump, q));
+}
+
+/* ---- writing ---- */
+
+static int consume(void *arg, uint64_t chunk, unsigned nchunks, const void *data, struct bn_error *err)
+{
+    const struct store_part *s = arg;
+    struct bn_pack_item items[BN_PACK_BATCH];
+    for (unsigned at = 0; at < nchunks;) {
+        unsigned n = nchunks - at < BN_PACK_BATCH ? nchunks - at : BN_PACK_BATCH;
+        for (unsigned i = 0; i < n; i++)
+            items[i] = (struct bn_pack_item){.chunk = (uint32_t)(s->first + chunk + at + i),
+                                             .data = (const uint8_t *)data + (at + i) * BN_CHUNK_SIZE};
+        int r = bn_pack_writer_add_batch(s->writer, items, n, err);
+        if (r < 0)
+            return r;
+        at += n;
+    }
+    return 0;
+}
+
+static int write_part(struct bn_quiesce *q, struct bn_target *t, struct bn_target_part *part, void *arg,
+                      struct bn_copy **job, struct bn_error *err)
+{
+    (void)t;
+    struct store_part **next = arg;
+    struct store_part *s = (*next)++;
+    *s = (struct store_part){.writer = of(q)->writer, .first = part->image_chunk};
+    struct bn_copy_spec spec = {.mode = BN_COPY_OUT, .set = part->set, .consume = consume, .arg = s};
+    return bn_copy_start(q->env->copier, &spec, job, err);
+}
+
+static int start_writing(struct bn_quiesce *q, struct bn_error *err)
+{
+    struct bn_dump *d = of(q);
+    size_t parts = 0;
+    for (size_t i = 0; i < q->targets.n; i++)
+        parts += q->targets.v[i].nparts;
+    int r = bn_describe(q, &d->manifest, err);
+    if (r == 0)
+        r = bn_store_check_space(d->dirfd, bn_manifest_bytes(d->manifest), err);
+    if (r == 0)
+        r = bn_pack_writer_open(d->dirfd, d->manifest->key, d->manifest->n_chunks, NULL, &d->writer, err);
+    if (r < 0)
+        return r;
+    struct store_part *next = d->parts = calloc(parts ? parts : 1, sizeof(*d->parts));
+    if (!d->parts)
+        return bn_error_set(err, ENOMEM, "copy-out", "out of memory");
+    return bn_copies_start(&d->copies, q, "copy-out", write_part, &next, err);
+}
+
+static int stop_writing(struct bn_quiesce *q, struct bn_error *err)
+{
+    (void)err;
+    bn_copies_cancel(&of(q)->copies, q);
+    return 0;
+}
+
+/* ---- life of a dump ---- */
+
+static void dump_free(struct bn_dump *d)
+{
+    bn_targets_free(&d->q.targets);
+    bn_manifest_free(d->manifest);
+    bn_close(d->dirfd);
+    free(d->parts);
+    free(d);
+}
+
+void bn_dump_abort(struct bn_dump *d)
+{
+    stop_writing(&d->q, NULL);
+    bn_pack_writer_abort(d->writer);
+    d->writer = NULL;
+}
+
+int bn_dump_begin(struct bn_env *env, pid_t root, unsigned flags, int dirfd, struct bn_report *report,
+                  struct bn_dump **out, struct bn_error *err)
+{
+    if (bn_image_present(dirfd) > 0)
+        return bn_error_set(err, EEXIST, "check",
+                            "the directory holds a checkpoint already: choose an empty one");
+    struct bn_dump *d = calloc(1, sizeof(*d));
+    if (!d)
+        return bn_error_set(err, ENOMEM, "dump", "out of memory");
+    d->dirfd = fcntl(dirfd, F_DUPFD_CLOEXEC, 3);
+    d->q = (struct bn_quiesce){.env = env,
+                               .report = report,
+                               .root = root,
+                               .flags = flags,
+                               .copy_start = start_writing,
+                               .copy_end = stop_writing};
+    int r = d->dirfd < 0 ? bn_error_set(err, errno, "dump", "cannot hold the directory: %m")
+                         : bn_quiesce_down(&d->q, err);
+    if (r < 0 || d->q.targets.n == 0) {
+        bn_dump_abort(d);
+        dump_free(d);
+        d = NULL;
+    }
+    if (r == 0)
+        *out = d;
+    return r;
+}
+
+const struct bn_targets *bn_dump_targets(const struct bn_dump *d)
+{
+    return &d->q.targets;
+}
+
+int bn_dump_covers(const struct bn_dump *d, pid_t pid, struct bn_error *err)
+{
+    if (bn_targets_index(&d->q.targets, pid) >= 0)
+        return 1;
+    enum bn_ckpt_state state;
+    int r = bn_ckpt_state(d->q.env->gpu, pid, &state, err);
+    if (r < 0)
+        return r == -ESRCH ? 0 : r;
+    if (state == BN_CKPT_NO_CUDA || state == BN_CKPT_FILES_ONLY)
+        return 0;
+    return bn_error_set(err, EAGAIN, "find",
+                        "process %d began to use CUDA while the checkpoint was under way: try again", pid);
+}
+
+static int add_phases(struct bn_dump *d)
+{
+    struct bn_phases phases;
+    bn_report_phases(d->q.report, &phases);
+    int r = 0;
+    for (uint32_t i = 0; i < phases.n && r == 0; i++)
+        r = bn_manifest_add_phase(d->manifest, phases.phase[i].name, phases.phase[i].start_ns,
+                                  phases.phase[i].duration_ns, phases.phase[i].bytes);
+    return r;
+}
+
+int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err)
+{
+    int r = bn_copies_finish(&d->copies, &d->q, cancel, err);
+    if (r == 0) {
+        int phase = bn_report_begin(d->q.report, "sync");
+        r = bn_pack_writer_finish(d->writer, d->manifest, err);
+        if (r == 0 && add_phases(d) < 0)
+            r = bn_error_set(err, ENOMEM, "manifest", "out of memory");
+        if (r == 0)
+            r = bn_image_save(d->dirfd, d->manifest, err);
+        bn_report_end(d->q.report, phase, 0);
+    }
+    if (r < 0) {
+        bn_dump_abort(d);
+        return r;
+    }
+    bn_pack_writer_close(d->writer);
+    d->writer = NULL;
+    return 0;
+}
+
+int bn_dump_aftermath(struct bn_dump *d, struct bn_error *err)
+{
+    for (size_t i = 0; i < d->q.targets.n; i++)
+        while (bn_target_wait_runnable(&d->q.targets.v[i], LOOK_MS) == -ETIMEDOUT)
+            ; /* still in CRIU's hands, or in a frozen cgroup: it needs nothing until it may run */
+    int r = bn_quiesce_up(&d->q, err);
+    dump_free(d);
+    return r;
+}

@@ -1,0 +1,31 @@
+/* Dump: the GPU half of a checkpoint, beside CRIU's.
+ *
+ *   begin      stop the tree, take its memory out of CRIU's sight, start writing it to the image directory
+ *   commit     CRIU has done its half: wait for the writing to end, write the manifest, last of all
+ *   aftermath  CRIU lets the processes go: bring those back that live on, forget those that die
+ *   abort      instead of commit: remove what was written, bring the processes back as soon as they can run
+ *
+ * One thread at a time per object.
+ */
+#pragma once
+
+#include "checkpoint/quiesce.h"
+
+struct bn_dump;
+
+/* On failure everything is undone and nothing is left in the directory. dirfd is duplicated. A tree without CUDA is no failure: *out is
+ * then NULL. -EEXIST: the directory holds a checkpoint already; -ENOSPC: it has not room for the memory. */
+int bn_dump_begin(struct bn_env *env, pid_t root, unsigned flags, int dirfd, struct bn_report *report,
+                  struct bn_dump **out, struct bn_error *err);
+
+const struct bn_targets *bn_dump_targets(const struct bn_dump *d);
+
+/* 1: part of the dump; 0: uses no CUDA; -EAGAIN with a text: it began to use CUDA after the dump had. */
+int bn_dump_covers(const struct bn_dump *d, pid_t pid, struct bn_error *err);
+
+/* On failure nothing of ours is left in the directory; then call bn_dump_aftermath. `cancel` may be NULL. */
+int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err);
+/* Stop writing and remove what was written. */
+void bn_dump_abort(struct bn_dump *d);
+/* Waits, as long as it takes, until every process is either gone or free to run, and brings the latter back. Frees d. */
+int bn_dump_aftermath(struct bn_dump *d, struct bn_error *err);

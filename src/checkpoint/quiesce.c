@@ -1,0 +1,222 @@
+#include "checkpoint/quiesce.h"
+
+#include "base/cleanup.h"
+#include "base/parallel.h"
+
+typedef int (*step_fn)(struct bn_quiesce *q, struct bn_error *err);
+typedef int (*target_fn)(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err);
+
+/* ---- one step on every target that lives, in parallel ---- */
+
+struct each {
+    struct bn_quiesce *q;
+    target_fn fn;
+};
+
+static int each_one(void *ctx, size_t i, struct bn_error *err)
+{
+    struct each *e = ctx;
+    struct bn_target *t = &e->q->targets.v[i];
+    if (bn_target_gone(t))
+        return 0;
+    return e->fn(e->q, t, err);
+}
+
+static int each(struct bn_quiesce *q, target_fn fn, struct bn_error *err)
+{
+    return bn_parallel(q->targets.n, each_one, &(struct each){q, fn}, err);
+}
+
+/* As above for the way up: a process that ends meanwhile needs nothing more. */
+static int each_up_one(void *ctx, size_t i, struct bn_error *err)
+{
+    struct each *e = ctx;
+    struct bn_target *t = &e->q->targets.v[i];
+    if (bn_target_gone(t))
+        return 0;
+    struct bn_error why = BN_ERROR_INIT;
+    int r = e->fn(e->q, t, &why);
+    if (r < 0 && bn_target_gone(t))
+        return 0;
+    if (r < 0 && err)
+        *err = why;
+    return r;
+}
+
+static int each_up(struct bn_quiesce *q, target_fn fn, struct bn_error *err)
+{
+    return bn_parallel(q->targets.n, each_up_one, &(struct each){q, fn}, err);
+}
+
+/* ---- down ---- */
+
+static int down_find(struct bn_quiesce *q, struct bn_error *err)
+{
+    int r = bn_targets_find(q->env->gpu, q->root, q->flags, &q->targets, err);
+    return r < 0 ? r : bn_targets_check(&q->targets, q->flags, err);
+}
+
+static int down_gate(struct bn_quiesce *q, struct bn_error *err)
+{
+    return bn_targets_close_gates(&q->targets, q->env->gate_timeout_ms, err);
+}
+
+static int hand_over(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
+{
+    return bn_target_hand_over(t, q->env->gpu, err);
+}
+static int down_hand_over(struct bn_quiesce *q, struct bn_error *err)
+{
+    return each(q, hand_over, err);
+}
+
+static int down_copy(struct bn_quiesce *q, struct bn_error *err)
+{
+    return q->copy_start ? q->copy_start(q, err) : 0;
+}
+
+static int evict(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
+{
+    (void)q;
+    return bn_target_evict(t, err);
+}
+static int down_evict(struct bn_quiesce *q, struct bn_error *err)
+{
+    return each(q, evict, err);
+}
+
+static int lock(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
+{
+    return bn_target_lock(t, q->env->gpu, q->env->lock_timeout_ms, err);
+}
+static int down_lock(struct bn_quiesce *q, struct bn_error *err)
+{
+    return each(q, lock, err);
+}
+
+static int checkpoint(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
+{
+    return bn_target_checkpoint(t, q->env->gpu, err);
+}
+static int down_checkpoint(struct bn_quiesce *q, struct bn_error *err)
+{
+    return each(q, checkpoint, err);
+}
+
+/* ---- up ---- */
+
+static int restore(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
+{
+    return bn_target_restore(t, q->env->gpu, q->pairs, q->npairs, err);
+}
+static int up_restore(struct bn_quiesce *q, struct bn_error *err)
+{
+    return each_up(q, restore, err);
+}
+
+static int unlock(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
+{
+    return t->checkpointed ? 0 : bn_target_unlock(t, q->env->gpu, err);
+}
+static int up_unlock(struct bn_quiesce *q, struct bn_error *err)
+{
+    return each_up(q, unlock, err);
+}
+
+static int give_back(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
+{
+    (void)q;
+    return t->locked ? 0 : bn_target_give_back(t, err);
+}
+static int up_give_back(struct bn_quiesce *q, struct bn_error *err)
+{
+    return each_up(q, give_back, err);
+}
+
+static int up_copy(struct bn_quiesce *q, struct bn_error *err)
+{
+    int r = q->copy_end ? q->copy_end(q, err) : 0;
+    q->copy_failed = r < 0;
+    return r;
+}
+
+static int release(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
+{
+    (void)err;
+    if (!t->evicted && !q->copy_failed)
+        bn_target_release(t);
+    return 0;
+}
+static int up_release(struct bn_quiesce *q, struct bn_error *err)
+{
+    return each_up(q, release, err);
+}
+
+/* Last of all: a kernel of one process may reach into another's memory, so every gate waits for every give-back. */
+static int open_gate(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
+{
+    return t->evicted || t->locked || q->copy_failed ? 0 : bn_target_open_gate(t, err);
+}
+static int up_gate(struct bn_quiesce *q, struct bn_error *err)
+{
+    return each_up(q, open_gate, err);
+}
+
+/* ---- the table ---- */
+
+static const struct step {
+    const char *name;
+    step_fn down;
+    const char *undo_name;
+    step_fn up;
+} steps[] = {
+    {"find", down_find, NULL, NULL},
+    {"gate", down_gate, "open-gate", up_gate},
+    {"hand-over", down_hand_over, "release", up_release},
+    {NULL, down_copy, NULL, up_copy}, /* the copy times itself: it goes on beside the steps that follow */
+    {"evict", down_evict, "give-back", up_give_back},
+    {"driver-lock", down_lock, "driver-unlock", up_unlock},
+    {"driver-checkpoint", down_checkpoint, "driver-restore", up_restore},
+};
+
+static int run(struct bn_quiesce *q, const char *name, step_fn fn, struct bn_error *err)
+{
+    int phase = name ? bn_report_begin(q->report, name) : -1;
+    int r = fn(q, err);
+    bn_report_end(q->report, phase, 0);
+    return r;
+}
+
+static int up_from(struct bn_quiesce *q, size_t n, struct bn_error *err)
+{
+    int first = 0;
+    for (size_t s = n; s-- > 0;) {
+        int r = steps[s].up ? run(q, steps[s].undo_name, steps[s].up, err) : 0;
+        if (r < 0 && first == 0)
+            first = r;
+    }
+    return first;
+}
+
+int bn_quiesce_down(struct bn_quiesce *q, struct bn_error *err)
+{
+    for (size_t s = 0; s < BN_ARRAY_SIZE(steps); s++) {
+        int r = run(q, steps[s].name, steps[s].down, err);
+        if (r == 0 && (s > 0 || q->targets.n > 0))
+            continue;
+        if (r < 0 && err && !err->stage[0])
+            snprintf(err->stage, sizeof(err->stage), "%s", steps[s].name ? steps[s].name : "copy");
+        struct bn_error undo = BN_ERROR_INIT;
+        if (r < 0 && up_from(q, s + 1, &undo) < 0)
+            bn_error_replace(err, r, err ? err->stage : "",
+                             "%.200s; and the process could not be put back: %.250s", err ? err->text : "",
+                             undo.text);
+        return r;
+    }
+    return 0;
+}
+
+int bn_quiesce_up(struct bn_quiesce *q, struct bn_error *err)
+{
+    return up_from(q, BN_ARRAY_SIZE(steps), err);
+}

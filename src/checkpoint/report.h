@@ -1,0 +1,33 @@
+/* What a session tells about itself while it runs: its phases with their times, how far the current one is, and its end.
+ * Written by the session's threads, read by any number of watchers. Counted references; every function from any thread.
+ */
+#pragma once
+
+#include "base/error.h"
+#include "wire/control.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+struct bn_report;
+
+/* One reference for the caller. NULL: out of memory. */
+struct bn_report *bn_report_new(void);
+struct bn_report *bn_report_ref(struct bn_report *r);
+void bn_report_unref(struct bn_report *r);
+
+/* Phases may overlap. Returns a number for bn_report_end (-1 when the list is full: then nothing is kept of it). */
+int bn_report_begin(struct bn_report *r, const char *name);
+void bn_report_end(struct bn_report *r, int phase, uint64_t bytes);
+
+void bn_report_progress(struct bn_report *r, const char *phase, uint64_t done, uint64_t total);
+
+/* The session has ended; err (may be NULL) says how. Only the first call counts. */
+void bn_report_finish(struct bn_report *r, const struct bn_error *err);
+
+void bn_report_phases(struct bn_report *r, struct bn_phases *out);
+
+/* Wait up to timeout_ms for the end; true when it has come, and then *err is its outcome. *progress is how far it is now. */
+bool bn_report_wait(struct bn_report *r, unsigned timeout_ms, struct bn_progress *progress,
+                    struct bn_error *err);

@@ -1,0 +1,260 @@
+/* The single steps on targets, forwards and backwards (target.h). */
+#include "checkpoint/target.h"
+
+#include "base/cleanup.h"
+#include "base/io.h"
+#include "base/parallel.h"
+
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define GATE_TRY_MS 2000u
+#define GATE_PAUSE_MS 20u
+
+/* ---- gates ---- */
+
+struct gate_try {
+    struct bn_targets *targets;
+    unsigned timeout_ms;
+};
+
+static int close_one(void *ctx, size_t i, struct bn_error *err)
+{
+    struct gate_try *try = ctx;
+    struct bn_target *t = &try->targets->v[i];
+    if (!t->agent)
+        return 0;
+    int r = bn_agent_attach(t->agent, err);
+    if (r < 0)
+        return r;
+    r = bn_agent_close_gate(t->agent, try->timeout_ms, err);
+    if (r == 0)
+        t->gated = true;
+    return r;
+}
+
+int bn_targets_close_gates(struct bn_targets *targets, unsigned timeout_ms, struct bn_error *err)
+{
+    uint64_t deadline = bn_now_ns() + (uint64_t)timeout_ms * 1000000u;
+    for (;;) {
+        uint64_t now = bn_now_ns();
+        uint64_t left_ms = deadline > now ? (deadline - now) / 1000000u : 0;
+        struct gate_try try = {targets, left_ms < GATE_TRY_MS ? (unsigned)left_ms + 1 : GATE_TRY_MS};
+        struct bn_error why = BN_ERROR_INIT;
+        int r = bn_parallel(targets->n, close_one, &try, &why);
+        if (r == 0)
+            return 0;
+        /* All or none: a peer may wait for a call that our closed gate holds back. */
+        for (size_t i = 0; i < targets->n; i++)
+            bn_target_open_gate(&targets->v[i], NULL);
+        if ((r != -EBUSY && r != -EAGAIN) || bn_now_ns() + GATE_PAUSE_MS * 1000000u >= deadline)
+            return bn_error_set(err, why.code, why.stage[0] ? why.stage : "gate", "%s", why.text);
+        poll(NULL, 0, GATE_PAUSE_MS);
+    }
+}
+
+int bn_target_open_gate(struct bn_target *t, struct bn_error *err)
+{
+    if (!t->agent)
+        return 0;
+    int r = 0;
+    if (t->gated)
+        r = bn_agent_open_gate(t->agent, err);
+    if (r == 0)
+        t->gated = false;
+    bn_agent_detach(t->agent);
+    return r;
+}
+
+/* ---- hand over ---- */
+
+struct handed {
+    struct bn_agent_segment seg;
+    int fd;
+    unsigned dev;
+    size_t order;
+};
+
+static int by_device(const void *a, const void *b)
+{
+    const struct handed *x = a, *y = b;
+    if (x->dev != y->dev)
+        return x->dev < y->dev ? -1 : 1;
+    return x->order < y->order ? -1 : x->order > y->order;
+}
+
+static int resolve_devices(struct bn_target *t, struct bn_gpu *gpu, struct handed *h, struct bn_error *err)
+{
+    for (size_t i = 0; i < t->nsegs; i++) {
+        int dev = bn_gpu_find(gpu, h[i].seg.uuid);
+        if (dev < 0)
+            return bn_error_set(
+                err, dev, "hand-over",
+                "process %d holds memory on a GPU that bennud does not see: start bennud without "
+                "CUDA_VISIBLE_DEVICES",
+                t->pid);
+        h[i].dev = (unsigned)dev;
+        h[i].order = i;
+    }
+    qsort(h, t->nsegs, sizeof(*h), by_device);
+    return 0;
+}
+
+/* One part for each run of equal devices; imports the blocks. Descriptors of imported parts belong to their sets. */
+static int import_parts(struct bn_target *t, struct bn_gpu *gpu, struct handed *h, struct bn_error *err)
+{
+    bn_auto_free struct bn_gpu_block *blocks = calloc(t->nsegs, sizeof(*blocks));
+    t->parts = calloc(bn_gpu_count(gpu), sizeof(*t->parts));
+    if (!blocks || !t->parts)
+        return bn_error_set(err, ENOMEM, "hand-over", "out of memory");
+    for (size_t first = 0; first < t->nsegs;) {
+        struct bn_target_part part = {.dev = h[first].dev, .first = first};
+        for (; first + part.n < t->nsegs && h[first + part.n].dev == part.dev; part.n++) {
+            const struct handed *x = &h[first + part.n];
+            blocks[part.n] = (struct bn_gpu_block){.size = x->seg.size, .flags = x->seg.flags, .fd = x->fd};
+            part.bytes += x->seg.size;
+        }
+        int r = bn_gpu_set_import(gpu, part.dev, blocks, part.n, &part.set, err);
+        if (r < 0)
+            return r;
+        for (size_t i = 0; i < part.n; i++)
+            h[first + i].fd = -1;
+        t->parts[t->nparts++] = part;
+        first += part.n;
+    }
+    return 0;
+}
+
+int bn_target_hand_over(struct bn_target *t, struct bn_gpu *gpu, struct bn_error *err)
+{
+    if (!t->agent)
+        return 0;
+    int r = bn_agent_list(t->agent, &t->segs, &t->nsegs, err);
+    if (r < 0 || t->nsegs == 0)
+        return r;
+    bn_auto_free struct handed *h = calloc(t->nsegs, sizeof(*h));
+    bn_auto_free int *fds = calloc(t->nsegs, sizeof(*fds));
+    if (!h || !fds)
+        return bn_error_set(err, ENOMEM, "hand-over", "out of memory");
+    r = bn_agent_export(t->agent, t->segs, t->nsegs, fds, err);
+    if (r < 0)
+        return r;
+    for (size_t i = 0; i < t->nsegs; i++)
+        h[i] = (struct handed){.seg = t->segs[i], .fd = fds[i]};
+
+    r = resolve_devices(t, gpu, h, err);
+    if (r == 0)
+        r = import_parts(t, gpu, h, err);
+    for (size_t i = 0; i < t->nsegs; i++) {
+        t->segs[i] = h[i].seg;
+        bn_close(h[i].fd); /* those that no set took */
+    }
+    return r;
+}
+
+static int create_set(struct bn_target *t, struct bn_gpu *gpu, struct bn_target_part *part,
+                      struct bn_error *err)
+{
+    bn_auto_free struct bn_gpu_block *blocks = calloc(part->n, sizeof(*blocks));
+    if (!blocks)
+        return bn_error_set(err, ENOMEM, "allocate", "out of memory");
+    for (size_t i = 0; i < part->n; i++)
+        blocks[i] = (struct bn_gpu_block){
+            .size = t->segs[part->first + i].size, .flags = t->segs[part->first + i].flags, .fd = -1};
+    return bn_gpu_set_create(gpu, part->dev, blocks, part->n, &part->set, err);
+}
+
+int bn_target_create_sets(struct bn_target *t, struct bn_gpu *gpu, struct bn_error *err)
+{
+    int r = 0;
+    for (size_t p = 0; p < t->nparts && r == 0; p++)
+        if (!t->parts[p].set)
+            r = create_set(t, gpu, &t->parts[p], err);
+    return r;
+}
+
+void bn_target_release(struct bn_target *t)
+{
+    for (size_t i = 0; i < t->nparts; i++) {
+        bn_gpu_set_free(t->parts[i].set);
+        t->parts[i].set = NULL;
+    }
+}
+
+/* ---- evict and give back ---- */
+
+int bn_target_evict(struct bn_target *t, struct bn_error *err)
+{
+    if (!t->agent)
+        return 0;
+    int r = bn_agent_evict(t->agent, err);
+    if (r == 0)
+        t->evicted = true;
+    return r;
+}
+
+int bn_target_give_back(struct bn_target *t, struct bn_error *err)
+{
+    if (!t->agent || !t->evicted)
+        return 0;
+    bn_auto_free int *fds = calloc(t->nsegs ? t->nsegs : 1, sizeof(*fds));
+    if (!fds)
+        return bn_error_set(err, ENOMEM, "give-back", "out of memory");
+    for (size_t p = 0; p < t->nparts; p++) {
+        const struct bn_target_part *part = &t->parts[p];
+        for (size_t i = 0; i < part->n; i++) {
+            int fd = bn_gpu_set_fd(part->set, i, err);
+            if (fd < 0)
+                return fd;
+            fds[part->first + i] = fd;
+        }
+    }
+    int r = bn_agent_attach(t->agent, err);
+    if (r == 0)
+        r = bn_agent_import(t->agent, t->segs, fds, t->nsegs, err);
+    if (r == 0)
+        t->evicted = false;
+    return r;
+}
+
+/* ---- the driver's half ---- */
+
+int bn_target_lock(struct bn_target *t, struct bn_gpu *gpu, unsigned timeout_ms, struct bn_error *err)
+{
+    int r = bn_ckpt_lock(gpu, t->pid, timeout_ms, err);
+    if (r == 0)
+        t->locked = true;
+    return r;
+}
+
+int bn_target_checkpoint(struct bn_target *t, struct bn_gpu *gpu, struct bn_error *err)
+{
+    int r = bn_ckpt_checkpoint(gpu, t->pid, err);
+    if (r == 0)
+        t->checkpointed = true;
+    return r;
+}
+
+int bn_target_restore(struct bn_target *t, struct bn_gpu *gpu, const struct bn_ckpt_pair *pairs,
+                      size_t npairs, struct bn_error *err)
+{
+    if (!t->checkpointed)
+        return 0;
+    int r = bn_ckpt_restore(gpu, t->pid, pairs, npairs, err);
+    if (r == 0)
+        t->checkpointed = false;
+    else if (r != -ESRCH)
+        t->lost = true;
+    return r;
+}
+
+int bn_target_unlock(struct bn_target *t, struct bn_gpu *gpu, struct bn_error *err)
+{
+    if (!t->locked)
+        return 0;
+    int r = bn_ckpt_unlock(gpu, t->pid, err);
+    if (r == 0)
+        t->locked = false;
+    return r;
+}

@@ -1,0 +1,24 @@
+/* Suspend and resume: the GPU memory of a tree goes to the host tier and comes back; the processes stay. */
+#pragma once
+
+#include "checkpoint/quiesce.h"
+
+struct bn_suspended;
+
+/* Stops the tree below `root` and frees the GPU of it: evictable memory to pinned host memory, the rest into the processes by
+ * the driver. On failure everything is as before. Blocks; `cancel` (may be NULL) may be set by another thread.
+ * -ENODATA: no process of the tree uses CUDA. */
+int bn_suspend(struct bn_env *env, pid_t root, unsigned flags, struct bn_report *report, const bool *cancel,
+               struct bn_suspended **out, struct bn_error *err);
+
+/* Brings it back. When the GPU lacks memory nothing is changed and it can be tried again (-ENOMEM). On success *s is freed and set
+ * NULL; on other failures what could be brought back runs, and the object is kept. */
+int bn_resume(struct bn_suspended **s, struct bn_report *report, struct bn_error *err);
+
+/* Forget it: for trees that are gone. Frees the host memory. A process that still lives stays stopped for good. */
+void bn_suspended_free(struct bn_suspended *s);
+
+const struct bn_targets *bn_suspended_targets(const struct bn_suspended *s);
+pid_t bn_suspended_root(const struct bn_suspended *s);
+/* True when no process of it lives any more. */
+bool bn_suspended_dead(const struct bn_suspended *s);

@@ -1,0 +1,256 @@
+#include "checkpoint/target.h"
+
+#include "base/cleanup.h"
+#include "base/io.h"
+#include "base/parallel.h"
+#include "base/proc.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Cheap answer to "could this process have CUDA state": the driver's library is mapped. */
+static bool maps_driver(pid_t pid)
+{
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/%d/maps", pid);
+    bn_auto_file FILE *f = fopen(path, "re");
+    bn_auto_free char *line = NULL;
+    size_t cap = 0;
+    while (f && getline(&line, &cap, f) > 0)
+        if (strstr(line, "libcuda.so") || strstr(line, "libbennu.so"))
+            return true;
+    return false;
+}
+
+static void target_free(struct bn_target *t)
+{
+    bn_target_release(t);
+    for (size_t i = 0; i < t->nparts; i++)
+        bn_mem_free(t->parts[i].mem);
+    bn_agent_free(t->agent);
+    bn_close(t->pidfd);
+    free(t->segs);
+    free(t->parts);
+}
+
+void bn_targets_free(struct bn_targets *t)
+{
+    for (size_t i = 0; i < t->n; i++)
+        target_free(&t->v[i]);
+    free(t->v);
+    *t = (struct bn_targets){0};
+}
+
+/* 1: a target, filled in; 0: nothing to do with CUDA, or gone. */
+static int examine(struct bn_gpu *gpu, pid_t pid, unsigned flags, struct bn_target *t, struct bn_error *err)
+{
+    *t = (struct bn_target){.pid = pid, .pidfd = -1};
+    if (!maps_driver(pid))
+        return 0;
+
+    struct bn_agent *agent = NULL;
+    int r = bn_agent_find(pid, &agent);
+    if (r < 0 && r != -ENOENT && r != -ESRCH)
+        return bn_error_set(err, r, "find", "cannot look into process %d: %s", pid, strerror(-r));
+    struct bn_agent_page page;
+    if (agent && bn_agent_page(agent, &page) < 0) {
+        bn_agent_free(agent);
+        agent = NULL;
+    }
+
+    enum bn_ckpt_state state;
+    struct bn_error why = BN_ERROR_INIT;
+    r = bn_ckpt_state(gpu, pid, &state, &why);
+    if (r == -ESRCH || (r == 0 && (state == BN_CKPT_NO_CUDA || state == BN_CKPT_FILES_ONLY))) {
+        bn_agent_free(agent);
+        return 0;
+    }
+    if (r == 0 && state != BN_CKPT_RUNNING)
+        r = bn_error_set(&why, EBUSY, "find",
+                         "the driver says that process %d is already locked or checkpointed: unlock it first "
+                         "('bennu resume %d' if Bennu suspended it)",
+                         pid, pid);
+    if (r == 0 && (t->pidfd = bn_pidfd_open(pid)) < 0)
+        r = bn_error_set(&why, t->pidfd, "find", "cannot hold process %d: %s", pid, strerror(-t->pidfd));
+    if (r < 0) {
+        bn_agent_free(agent);
+        if (err && !bn_error_is_set(err))
+            *err = why;
+        return r;
+    }
+
+    bn_proc_inner_pid(pid, &t->inner);
+    bn_proc_comm(pid, t->comm);
+    if (agent && page.state != BN_AGENT_INACTIVE && !(flags & BN_FIND_DRIVER_PATH)) {
+        t->agent = agent;
+        memcpy(t->instance, page.instance, sizeof(t->instance));
+    } else {
+        bn_agent_free(agent);
+    }
+    return 1;
+}
+
+int bn_targets_find(struct bn_gpu *gpu, pid_t root, unsigned flags, struct bn_targets *out,
+                    struct bn_error *err)
+{
+    bn_auto_free pid_t *pids = NULL;
+    size_t n = 0;
+    int r = bn_proc_tree(root, &pids, &n);
+    if (r < 0)
+        return bn_error_set(err, r, "find",
+                            r == -ESRCH ? "no process with pid %d"
+                                        : "cannot read the process tree below %d: %s",
+                            root, strerror(-r));
+    struct bn_targets t = {.v = calloc(n, sizeof(*t.v))};
+    if (!t.v)
+        return bn_error_set(err, ENOMEM, "find", "out of memory");
+    for (size_t i = 0; i < n; i++) {
+        r = examine(gpu, pids[i], flags, &t.v[t.n], err);
+        if (r < 0) {
+            bn_targets_free(&t);
+            return r;
+        }
+        t.n += (size_t)r;
+    }
+    *out = t;
+    return 0;
+}
+
+static int check_page(const struct bn_target *t, const struct bn_agent_page *p, unsigned flags,
+                      struct bn_error *err)
+{
+    const struct bn_agent_blockers *b = &p->blockers;
+    if (b->managed_bytes)
+        return bn_error_set(
+            err, ENOTSUP, "check",
+            "process %d (%s) uses %llu MiB of managed memory (cuMemAllocManaged), which the driver cannot "
+            "checkpoint: run it with plain device memory",
+            t->pid, t->comm, (unsigned long long)(b->managed_bytes + (1 << 20) - 1) >> 20);
+    if (b->host_vmm_bytes)
+        return bn_error_set(
+            err, ENOTSUP, "check",
+            "process %d (%s) has mapped host memory with cuMemCreate, which the driver cannot restore",
+            t->pid, t->comm);
+    if (b->imported_handles)
+        return bn_error_set(err, ENOTSUP, "check",
+                            "process %d (%s) uses GPU memory of another process (CUDA IPC), which cannot be "
+                            "restored yet: turn "
+                            "peer-to-peer sharing off in the program (for NCCL: NCCL_P2P_DISABLE=1)",
+                            t->pid, t->comm);
+    if (b->multicast_handles)
+        return bn_error_set(
+            err, ENOTSUP, "check",
+            "process %d (%s) uses NVLink multicast memory, which cannot be restored: set NCCL_NVLS_ENABLE=0",
+            t->pid, t->comm);
+    if ((flags & BN_FIND_DRIVER_PATH) && p->epoch > 0)
+        return bn_error_set(
+            err, ENOTSUP, "check",
+            "process %d (%s) was resumed by Bennu before: the driver's own path would lose it", t->pid,
+            t->comm);
+    return 0;
+}
+
+int bn_targets_check(const struct bn_targets *targets, unsigned flags, struct bn_error *err)
+{
+    for (size_t i = 0; i < targets->n; i++) {
+        const struct bn_target *t = &targets->v[i];
+        struct bn_agent *found = NULL;
+        struct bn_agent *agent = t->agent;
+        if (!agent && bn_agent_find(t->pid, &found) == 0)
+            agent = found;
+        struct bn_agent_page page;
+        int r = 0;
+        if (agent && bn_agent_page(agent, &page) == 0)
+            r = check_page(t, &page, flags, err);
+        bn_agent_free(found);
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+uint64_t bn_targets_evictable(const struct bn_targets *targets)
+{
+    uint64_t bytes = 0;
+    for (size_t i = 0; i < targets->n; i++) {
+        struct bn_agent_page page;
+        if (!targets->v[i].agent || bn_agent_page(targets->v[i].agent, &page) < 0)
+            continue;
+        for (uint32_t g = 0; g < page.gpu_count; g++)
+            bytes += page.gpu[g].bytes;
+    }
+    return bytes;
+}
+
+uint64_t bn_target_bytes(const struct bn_target *t)
+{
+    uint64_t bytes = 0;
+    for (size_t i = 0; i < t->nparts; i++)
+        bytes += t->parts[i].bytes;
+    return bytes;
+}
+
+bool bn_target_gone(const struct bn_target *t)
+{
+    return t->pidfd >= 0 && bn_pidfd_dead(t->pidfd);
+}
+
+ssize_t bn_targets_index(const struct bn_targets *t, pid_t pid)
+{
+    for (size_t i = 0; i < t->n; i++)
+        if (t->v[i].pid == pid)
+            return (ssize_t)i;
+    return -1;
+}
+
+/* Is the process held by a frozen cgroup? v2 says so in cgroup.events of its group; v1's freezer in its own hierarchy. */
+static bool cgroup_frozen(pid_t pid)
+{
+    char path[64], file[512], *save = NULL;
+    snprintf(path, sizeof(path), "/proc/%d/cgroup", pid);
+    bn_auto_free char *text = NULL;
+    size_t len;
+    if (bn_read_file_at(AT_FDCWD, path, 1 << 16, (void **)&text, &len) < 0)
+        return false;
+    for (char *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save)) {
+        bool v2 = strncmp(line, "0::", 3) == 0;
+        char *v1 = strstr(line, ":freezer:");
+        if (!v2 && !v1)
+            continue;
+        const char *group = v2 ? line + 3 : v1 + strlen(":freezer:");
+        static const char *const v2_roots[] = {"/sys/fs/cgroup", "/sys/fs/cgroup/unified"};
+        for (size_t i = 0; i < (v2 ? BN_ARRAY_SIZE(v2_roots) : 1); i++) {
+            bn_auto_free char *state = NULL;
+            snprintf(file, sizeof(file), "%s%s/%s", v2 ? v2_roots[i] : "/sys/fs/cgroup/freezer", group,
+                     v2 ? "cgroup.events" : "freezer.state");
+            if (bn_read_file_at(AT_FDCWD, file, 4096, (void **)&state, &len) == 0 &&
+                (strstr(state, "frozen 1") || strncmp(state, "FROZEN", 6) == 0))
+                return true;
+        }
+    }
+    return false;
+}
+
+int bn_target_wait_runnable(const struct bn_target *t, unsigned timeout_ms)
+{
+    uint64_t deadline = bn_now_ns() + (uint64_t)timeout_ms * 1000000u;
+    for (;;) {
+        pid_t tracer;
+        char state;
+        if (bn_pidfd_dead(t->pidfd) || bn_proc_tracer(t->pid, &tracer) < 0 ||
+            bn_proc_state(t->pid, &state) < 0)
+            return -ESRCH;
+        if (state == 'Z' || state == 'X')
+            return -ESRCH;
+        if (tracer == 0 && state != 'T' && state != 't' && !cgroup_frozen(t->pid))
+            return 0;
+        if (bn_now_ns() >= deadline)
+            return -ETIMEDOUT;
+        /* Nothing tells of a detached tracer: look again soon, or at once when the process ends. */
+        struct pollfd p = {.fd = t->pidfd, .events = POLLIN};
+        poll(&p, 1, 2);
+    }
+}

@@ -1,0 +1,89 @@
+/* The processes that a checkpoint, a suspend or a restore acts on, and the single steps in both directions.
+ *
+ * A target is one process with CUDA state. With an agent inside, its evictable memory goes through Bennu (hand over, evict, …,
+ * give back); without one, or when the agent stepped aside, the driver saves everything as ever. Each step remembers in the
+ * target what it did, so that undoing is: for every target, whatever its flags say, in the opposite order.
+ *
+ * One thread at a time per target; different targets in parallel.
+ */
+#pragma once
+
+#include "base/error.h"
+#include "gpu/gpu.h"
+#include "wire/agent_client.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/types.h>
+
+/* A target's segments on one GPU: segs[first .. first + n), in the order of the blocks of `set`. */
+struct bn_target_part {
+    unsigned dev; /* our number of the GPU */
+    size_t first, n;
+    uint64_t bytes;
+    uint64_t image_chunk;   /* index of its first chunk in the image's chunk table */
+    struct bn_gpu_set *set; /* the memory on the GPU, while we hold it */
+    struct bn_mem *mem;     /* the bytes in the host tier, while they are there */
+};
+
+struct bn_target {
+    pid_t pid;   /* in our pid namespace; 0: known from an image, not restored yet */
+    pid_t inner; /* as the process sees itself */
+    int pidfd;
+    char comm[16];
+    struct bn_agent *agent; /* NULL: driver path */
+    uint8_t instance[16];   /* of the agent; zeros: driver path */
+
+    struct bn_agent_segment *segs; /* sorted by GPU once handed over or loaded */
+    size_t nsegs;
+    struct bn_target_part *parts;
+    size_t nparts;
+
+    bool gated, evicted, locked, checkpointed; /* what has been done to it */
+    bool lost;                                 /* the driver could not restore it */
+};
+
+struct bn_targets {
+    struct bn_target *v;
+    size_t n;
+};
+
+#define BN_FIND_DRIVER_PATH 1u /* leave the agents out */
+
+/* The CUDA processes of the tree below `root` (n may be 0). Takes hold of their agents, touches nothing. */
+int bn_targets_find(struct bn_gpu *gpu, pid_t root, unsigned flags, struct bn_targets *out,
+                    struct bn_error *err);
+void bn_targets_free(struct bn_targets *t);
+
+/* -ENOTSUP with the reason when something in them could not be checkpointed or restored. */
+int bn_targets_check(const struct bn_targets *t, unsigned flags, struct bn_error *err);
+uint64_t bn_targets_evictable(const struct bn_targets *t); /* bytes, from the agents' pages */
+uint64_t bn_target_bytes(const struct bn_target *t);       /* of its parts */
+
+/* True once the process has ended: there is nothing left to undo. */
+bool bn_target_gone(const struct bn_target *t);
+
+/* The index of the target with this pid, or -1. */
+ssize_t bn_targets_index(const struct bn_targets *t, pid_t pid);
+
+/* Wait until the process can run: not traced, not frozen by a cgroup. Returns 0, -ESRCH when it is gone, -ETIMEDOUT. */
+int bn_target_wait_runnable(const struct bn_target *t, unsigned timeout_ms);
+
+/* Forwards. Gates of all agents close together or not at all: a call that waits for a peer whose gate is closed makes all reopen
+ * and try again until timeout_ms is over. */
+int bn_targets_close_gates(struct bn_targets *t, unsigned timeout_ms, struct bn_error *err);
+int bn_target_hand_over(struct bn_target *t, struct bn_gpu *gpu,
+                        struct bn_error *err); /* fills segs, parts, sets */
+int bn_target_evict(struct bn_target *t, struct bn_error *err);
+int bn_target_lock(struct bn_target *t, struct bn_gpu *gpu, unsigned timeout_ms, struct bn_error *err);
+int bn_target_checkpoint(struct bn_target *t, struct bn_gpu *gpu, struct bn_error *err);
+
+/* Backwards; each does nothing where its flag says so. */
+int bn_target_restore(struct bn_target *t, struct bn_gpu *gpu, const struct bn_ckpt_pair *pairs,
+                      size_t npairs, struct bn_error *err);
+int bn_target_unlock(struct bn_target *t, struct bn_gpu *gpu, struct bn_error *err);
+int bn_target_create_sets(struct bn_target *t, struct bn_gpu *gpu,
+                          struct bn_error *err);                    /* anew, empty, where missing */
+int bn_target_give_back(struct bn_target *t, struct bn_error *err); /* needs the sets */
+void bn_target_release(struct bn_target *t);                        /* free the sets */
+int bn_target_open_gate(struct bn_target *t, struct bn_error *err);

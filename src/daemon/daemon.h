@@ -1,0 +1,73 @@
+/* bennud: one a node. Holds what must be warm (contexts, pinned memory, copy streams) and the memory of suspended processes; serves
+ * the command line and the CRIU plugin. A thread for each connection runs its requests one after another, since each is a
+ * straight line of blocking steps; the event loop takes connections, signals and the ends of suspended processes.
+ */
+#pragma once
+
+#include "checkpoint/quiesce.h"
+#include "checkpoint/suspend.h"
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+struct suspended_entry {
+    struct bn_suspended *s; /* NULL while a request works on it */
+    pid_t root;
+    bool watched; /* the event loop has its pidfds */
+    struct suspended_entry *next;
+};
+
+/* A session's report with what names it to a watcher: the root pid of a dump or suspend, or the directory of a restore. */
+struct published {
+    struct bn_report *report;
+    pid_t root;
+    dev_t dev;
+    ino_t ino;
+    struct published *next;
+};
+
+struct daemon {
+    struct bn_env env;
+    const char *driver;     /* path, or NULL: the system's */
+    uint64_t host_limit;    /* bytes of pinned host memory */
+    struct bn_error no_gpu; /* set: why the driver could not be opened; every request is answered with it */
+
+    pthread_mutex_t lock;
+    pthread_cond_t published_changed;
+    struct suspended_entry *suspended;
+    struct published *published;
+    int wake_fd;      /* eventfd: `suspended` changed */
+    unsigned clients; /* threads that serve connections */
+    pthread_cond_t clients_changed;
+};
+
+/* Open the driver and make pool and copier. On failure d->no_gpu is set and the error returned. */
+int bn_daemon_open_gpu(struct daemon *d, struct bn_error *err);
+void bn_daemon_close_gpu(struct daemon *d);
+
+/* Serve one connection until it ends, in the calling thread. Owns fd. */
+void bn_daemon_serve(struct daemon *d, int fd);
+
+/* ---- registry (registry.c); every function from any thread ---- */
+
+int bn_publish(struct daemon *d, struct bn_report *report, pid_t root, int dirfd);
+void bn_unpublish(struct daemon *d, struct bn_report *report);
+/* Wait up to timeout_ms for an unfinished report that fits; a reference, or NULL. */
+struct bn_report *bn_find_published(struct daemon *d, pid_t root, int dirfd, unsigned timeout_ms);
+
+int bn_keep_suspended(struct daemon *d, struct bn_suspended *s);
+/* Take the suspended tree that `pid` belongs to out of its entry, for a request to work on; give it back, or drop the
+ * entry (s NULL). -ENOENT, -EBUSY (another request has it). */
+int bn_take_suspended(struct daemon *d, pid_t pid, struct suspended_entry **e, struct bn_suspended **s);
+void bn_return_suspended(struct daemon *d, struct suspended_entry *e, struct bn_suspended *s);
+/* Free those whose processes are all gone. */
+void bn_reap_suspended(struct daemon *d);
+/* Bring everything back, as far as possible: before the daemon ends. Returns how many stay suspended. */
+unsigned bn_resume_all(struct daemon *d);
+
+/* ---- ps (ps.c) ---- */
+
+typedef void (*bn_ps_fn)(void *arg, const struct bn_ps_entry *e);
+int bn_daemon_ps(struct daemon *d, bn_ps_fn fn, void *arg, struct bn_error *err);

@@ -1,0 +1,31 @@
+#include "daemon/daemon.h"
+
+#include <stdio.h>
+
+#define GATE_TIMEOUT_MS 10000u
+#define LOCK_TIMEOUT_MS 10000u
+
+int bn_daemon_open_gpu(struct daemon *d, struct bn_error *err)
+{
+    struct bn_env *env = &d->env;
+    env->gate_timeout_ms = GATE_TIMEOUT_MS;
+    env->lock_timeout_ms = LOCK_TIMEOUT_MS;
+    int r = bn_gpu_open(d->driver, &env->gpu, err);
+    if (r == 0)
+        r = bn_pool_new(env->gpu, &(struct bn_pool_config){.limit = d->host_limit}, &env->pool, err);
+    if (r == 0)
+        r = bn_copier_new(env->gpu, &(struct bn_copier_config){0}, &env->copier, err);
+    if (r < 0) {
+        bn_daemon_close_gpu(d);
+        d->no_gpu = *err;
+    }
+    return r;
+}
+
+void bn_daemon_close_gpu(struct daemon *d)
+{
+    bn_copier_free(d->env.copier);
+    bn_pool_free(d->env.pool);
+    bn_gpu_close(d->env.gpu);
+    d->env = (struct bn_env){0};
+}

@@ -1,0 +1,349 @@
+/* bennud: options, sockets, the event loop. */
+#include "daemon/daemon.h"
+
+#include "base/cleanup.h"
+#include "base/proc.h"
+#include "config.h"
+#include "wire/control.h"
+
+#include <fcntl.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/file.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <systemd/sd-daemon.h>
+#include <systemd/sd-event.h>
+
+struct options {
+    const char *rundir;
+    const char *driver;
+    uint64_t host_limit;
+    int private_fd;
+};
+
+static const char usage_text[] =
+    "Usage: bennud [OPTION...]\n"
+    "Serve checkpoints of GPU processes on this machine.\n\n"
+    "      --rundir DIR        folder of the socket (default " BENNU_RUNDIR ", or BENNU_RUNDIR)\n"
+    "      --driver PATH       libcuda.so.1 to use (default: the system's, or BENNU_DRIVER)\n"
+    "      --host-limit BYTES  most pinned host memory to use, with K, M, G or T (default: no limit)\n"
+    "      --private FD        serve the one connection on FD, then end (used by the CRIU plugin)\n"
+    "      --help, --version\n";
+
+/* ---- connections ---- */
+
+struct served {
+    struct daemon *d;
+    int fd;
+};
+
+static void *serve_thread(void *arg)
+{
+    struct served *s = arg;
+    struct daemon *d = s->d;
+    bn_daemon_serve(d, s->fd);
+    free(s);
+    pthread_mutex_lock(&d->lock);
+    d->clients--;
+    pthread_cond_broadcast(&d->clients_changed);
+    pthread_mutex_unlock(&d->lock);
+    return NULL;
+}
+
+static bool peer_allowed(int fd)
+{
+    struct ucred cred;
+    socklen_t len = sizeof(cred);
+    return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) == 0 &&
+           (cred.uid == 0 || cred.uid == geteuid());
+}
+
+static int on_connection(sd_event_source *source, int fd, uint32_t revents, void *arg)
+{
+    (void)source, (void)revents;
+    struct daemon *d = arg;
+    bn_auto_fd peer = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
+    if (peer < 0)
+        return 0; /* it went away again */
+    if (!peer_allowed(peer)) {
+        fprintf(stderr, "bennud: refused a connection by a user that is not root\n");
+        return 0;
+    }
+    struct served *s = malloc(sizeof(*s));
+    pthread_t thread;
+    pthread_attr_t attr;
+    if (!s)
+        return 0;
+    *s = (struct served){d, peer};
+    pthread_attr_init(&attr);
+    pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+    pthread_mutex_lock(&d->lock);
+    d->clients++;
+    pthread_mutex_unlock(&d->lock);
+    if (pthread_create(&thread, &attr, serve_thread, s) == 0) {
+        (void)BN_TAKE_FD(peer);
+    } else {
+        free(s);
+        pthread_mutex_lock(&d->lock);
+        d->clients--;
+        pthread_mutex_unlock(&d->lock);
+    }
+    pthread_attr_destroy(&attr);
+    return 0;
+}
+
+/* ---- ends of suspended processes ---- */
+
+static int on_process_end(sd_event_source *source, int fd, uint32_t revents, void *arg)
+{
+    (void)fd, (void)revents;
+    bn_reap_suspended(arg);
+    sd_event_source_disable_unref(source);
+    return 0;
+}
+
+/* New entries: watch their processes. The pidfds are duplicated: the entry may be freed before the event is handled. */
+static int on_wake(sd_event_source *source, int fd, uint32_t revents, void *arg)
+{
+    (void)revents;
+    struct daemon *d = arg;
+    eventfd_t n;
+    eventfd_read(fd, &n);
+    pthread_mutex_lock(&d->lock);
+    for (struct suspended_entry *e = d->suspended; e; e = e->next) {
+        if (e->watched || !e->s)
+            continue;
+        const struct bn_targets *t = bn_suspended_targets(e->s);
+        for (size_t i = 0; i < t->n; i++) {
+            sd_event_source *end;
+            int pidfd = fcntl(t->v[i].pidfd, F_DUPFD_CLOEXEC, 3);
+            if (pidfd < 0)
+                continue;
+            if (sd_event_add_io(sd_event_source_get_event(source), &end, pidfd, EPOLLIN, on_process_end, d) <
+                0)
+                bn_close(pidfd);
+            else
+                sd_event_source_set_io_fd_own(end, true);
+        }
+        e->watched = true;
+    }
+    pthread_mutex_unlock(&d->lock);
+    return 0;
+}
+
+/* ---- the end ---- */
+
+/* Suspended processes have their memory here and nowhere else: it must be back with them before we may go. */
+static int on_signal(sd_event_source *source, const struct signalfd_siginfo *si, void *arg)
+{
+    (void)si;
+    unsigned left = bn_resume_all(arg);
+    if (left > 0) {
+        fprintf(stderr,
+                "bennud: staying: %u suspended processes could not be resumed and would lose their GPU "
+                "memory; see 'bennu ps'\n",
+                left);
+        return 0;
+    }
+    return sd_event_exit(sd_event_source_get_event(source), 0);
+}
+
+static void wait_for_clients(struct daemon *d)
+{
+    pthread_mutex_lock(&d->lock);
+    while (d->clients > 0 && d->env.gpu) {
+        struct timespec until;
+        clock_gettime(CLOCK_MONOTONIC, &until);
+        until.tv_sec += 30;
+        if (pthread_cond_timedwait(&d->clients_changed, &d->lock, &until) == ETIMEDOUT)
+            break;
+    }
+    pthread_mutex_unlock(&d->lock);
+}
+
+/* ---- sockets ---- */
+
+static int listen_at(const char *rundir, struct bn_error *err)
+{
+    struct sockaddr_un sa = {.sun_family = AF_UNIX};
+    if (snprintf(sa.sun_path, sizeof(sa.sun_path), "%s/%s", rundir, BN_CTL_SOCKET) >=
+        (int)sizeof(sa.sun_path))
+        return bn_error_set(err, ENAMETOOLONG, "socket", "the name of the run folder is too long: %s",
+                            rundir);
+    if (mkdir(rundir, 0755) < 0 && errno != EEXIST)
+        return bn_error_set(err, errno, "socket", "cannot make %s: %m", rundir);
+
+    /* The lock, not the socket file, says whether a bennud runs: a killed one leaves its socket behind. Never closed. */
+    char path[128];
+    snprintf(path, sizeof(path), "%s/bennud.lock", rundir);
+    int lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (lock < 0 || flock(lock, LOCK_EX | LOCK_NB) < 0) {
+        int code = errno;
+        bn_close(lock);
+        return bn_error_set(err, code, "socket",
+                            code == EWOULDBLOCK ? "a bennud runs already with the folder %s"
+                                                : "cannot lock %s: %m",
+                            code == EWOULDBLOCK ? rundir : path);
+    }
+    bn_auto_fd fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    unlink(sa.sun_path);
+    mode_t mask = umask(0177);
+    int r = fd < 0 || bind(fd, (struct sockaddr *)&sa, sizeof(sa)) < 0 || listen(fd, 64) < 0 ? -errno : 0;
+    umask(mask);
+    if (r < 0)
+        return bn_error_set(err, r, "socket", "cannot listen at %s: %s", sa.sun_path, strerror(-r));
+    return BN_TAKE_FD(fd);
+}
+
+static int get_socket(const char *rundir, struct bn_error *err)
+{
+    int n = sd_listen_fds(1);
+    if (n == 1 && sd_is_socket_unix(SD_LISTEN_FDS_START, SOCK_SEQPACKET, 1, NULL, 0) > 0)
+        return SD_LISTEN_FDS_START;
+    if (n != 0)
+        return bn_error_set(err, EINVAL, "socket",
+                            "systemd passed %d sockets: one SOCK_SEQPACKET socket is wanted", n);
+    return listen_at(rundir, err);
+}
+
+/* ---- main ---- */
+
+static bool parse_bytes(const char *s, uint64_t *out)
+{
+    static const char units[] = "KMGT";
+    char *end;
+    errno = 0;
+    unsigned long long v = strtoull(s, &end, 10);
+    if (errno || end == s || *s == '-')
+        return false;
+    unsigned shift = 0;
+    const char *u = *end ? strchr(units, *end) : NULL;
+    if (u) {
+        shift = 10 * (unsigned)(u - units + 1);
+        end++;
+    }
+    if (*end || (shift && v > UINT64_MAX >> shift))
+        return false;
+    *out = (uint64_t)v << shift;
+    return true;
+}
+
+static int parse_options(int argc, char **argv, struct options *o)
+{
+    enum { RUNDIR = 256, DRIVER, HOST_LIMIT, PRIVATE, HELP, VERSION };
+    static const struct option longs[] = {{"rundir", required_argument, NULL, RUNDIR},
+                                          {"driver", required_argument, NULL, DRIVER},
+                                          {"host-limit", required_argument, NULL, HOST_LIMIT},
+                                          {"private", required_argument, NULL, PRIVATE},
+                                          {"help", no_argument, NULL, HELP},
+                                          {"version", no_argument, NULL, VERSION},
+                                          {0}};
+    *o = (struct options){
+        .rundir = secure_getenv("BENNU_RUNDIR"), .driver = secure_getenv("BENNU_DRIVER"), .private_fd = -1};
+    if (!o->rundir)
+        o->rundir = BENNU_RUNDIR;
+    for (int c; (c = getopt_long(argc, argv, "", longs, NULL)) != -1;) {
+        switch (c) {
+        case RUNDIR: o->rundir = optarg; break;
+        case DRIVER: o->driver = optarg; break;
+        case PRIVATE: o->private_fd = atoi(optarg); break;
+        case HOST_LIMIT:
+            if (parse_bytes(optarg, &o->host_limit))
+                break;
+            fprintf(stderr, "bennud: '%s' is no size: give bytes, or a number with K, M, G or T\n", optarg);
+            return 2;
+        case HELP: fputs(usage_text, stdout); return 0;
+        case VERSION: puts("bennud " BENNU_VERSION); return 0;
+        default: fputs("Try 'bennud --help'.\n", stderr); return 2;
+        }
+    }
+    if (optind < argc) {
+        fprintf(stderr, "bennud: unexpected argument '%s'\n", argv[optind]);
+        return 2;
+    }
+    return -1;
+}
+
+static int loop(struct daemon *d, int listen_fd, struct bn_error *err)
+{
+    sd_event *event = NULL;
+    int r = sd_event_default(&event);
+    if (r >= 0)
+        r = sd_event_add_io(event, NULL, listen_fd, EPOLLIN, on_connection, d);
+    if (r >= 0)
+        r = sd_event_add_io(event, NULL, d->wake_fd, EPOLLIN, on_wake, d);
+    if (r >= 0)
+        r = sd_event_add_signal(event, NULL, SIGTERM, on_signal, d);
+    if (r >= 0)
+        r = sd_event_add_signal(event, NULL, SIGINT, on_signal, d);
+    if (r >= 0) {
+        fprintf(stderr, "bennud %s: %s, %u GPUs%s\n", BENNU_VERSION, bn_gpu_driver_path(d->env.gpu),
+                bn_gpu_count(d->env.gpu), bn_gpu_simulated(d->env.gpu) ? " (simulated)" : "");
+        sd_notify(0, "READY=1");
+        r = sd_event_loop(event);
+    }
+    sd_event_unref(event);
+    return r < 0 ? bn_error_set(err, r, "loop", "the event loop failed: %s", strerror(-r)) : 0;
+}
+
+static int serve_private(struct daemon *d, int fd)
+{
+    struct bn_error err = BN_ERROR_INIT;
+    bn_daemon_open_gpu(d, &err); /* a failure is told to the one who asks */
+    bn_daemon_serve(d, fd);
+    bn_daemon_close_gpu(d);
+    return 0;
+}
+
+static int serve_all(struct daemon *d, const struct options *o)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    sigprocmask(SIG_BLOCK, &set, NULL); /* before any thread, the driver's too: they inherit it */
+
+    struct bn_error err = BN_ERROR_INIT;
+    int fd = get_socket(o->rundir, &err);
+    int r = fd < 0 ? fd : bn_daemon_open_gpu(d, &err);
+    for (unsigned g = 0; r == 0 && g < bn_gpu_count(d->env.gpu); g++)
+        r = bn_gpu_warm(d->env.gpu, g, &err);
+    if (r == 0)
+        r = loop(d, fd, &err);
+    if (r < 0)
+        fprintf(stderr, "bennud: %s\n", err.text);
+    wait_for_clients(d);
+    if (d->clients == 0)
+        bn_daemon_close_gpu(d);
+    return r < 0;
+}
+
+int main(int argc, char **argv)
+{
+    struct options o;
+    int code = parse_options(argc, argv, &o);
+    if (code >= 0)
+        return code;
+    signal(SIGPIPE, SIG_IGN);
+
+    struct daemon d = {.driver = o.driver && *o.driver ? o.driver : NULL,
+                       .host_limit = o.host_limit,
+                       .lock = PTHREAD_MUTEX_INITIALIZER,
+                       .wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+    pthread_condattr_t attr;
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(&d.published_changed, &attr);
+    pthread_cond_init(&d.clients_changed, &attr);
+    if (d.wake_fd < 0) {
+        fprintf(stderr, "bennud: cannot make an eventfd: %m\n");
+        return 1;
+    }
+    return o.private_fd >= 0 ? serve_private(&d, o.private_fd) : serve_all(&d, &o);
+}

@@ -1,0 +1,88 @@
+#include "daemon/daemon.h"
+
+#include "base/cleanup.h"
+#include "base/proc.h"
+#include "wire/agent_client.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* Bytes held in the host tier for a process; -1 when it is not suspended. */
+static int64_t host_bytes(struct daemon *d, pid_t pid)
+{
+    int64_t bytes = -1;
+    pthread_mutex_lock(&d->lock);
+    for (struct suspended_entry *e = d->suspended; e && bytes < 0; e = e->next) {
+        ssize_t i = e->s ? bn_targets_index(bn_suspended_targets(e->s), pid) : -1;
+        if (i >= 0)
+            bytes = (int64_t)bn_target_bytes(&bn_suspended_targets(e->s)->v[i]);
+    }
+    pthread_mutex_unlock(&d->lock);
+    return bytes;
+}
+
+static void describe(const struct bn_agent_page *p, struct bn_ps_entry *e)
+{
+    for (uint32_t g = 0; g < p->gpu_count; g++)
+        e->gpu_bytes += p->gpu[g].bytes;
+    e->allocations = p->allocations;
+    e->unknown = p->unknown_count;
+    if (p->state == BN_AGENT_INACTIVE) {
+        e->state = BN_PS_NO_AGENT;
+        snprintf(e->note, sizeof(e->note), "agent stepped aside: %.130s", p->reason);
+    } else if (p->state == BN_AGENT_CLOSED) {
+        e->state = BN_PS_GATED;
+    } else if (p->state == BN_AGENT_EVICTED) {
+        e->state = BN_PS_DUMPING;
+    }
+    if (p->blockers.managed_bytes)
+        snprintf(e->note, sizeof(e->note), "uses managed memory: cannot be checkpointed");
+    else if (p->blockers.imported_handles)
+        snprintf(e->note, sizeof(e->note),
+                 "uses memory of another process (CUDA IPC): cannot be checkpointed yet");
+    else if (!e->note[0] && p->unknown_count)
+        snprintf(e->note, sizeof(e->note), "newer driver functions: %s%s", p->unknown[0],
+                 p->unknown_count > 1 ? ", …" : "");
+}
+
+/* True: worth a line. */
+static bool look(struct daemon *d, pid_t pid, struct bn_ps_entry *e)
+{
+    *e = (struct bn_ps_entry){.pid = (uint32_t)pid, .state = BN_PS_RUNNING};
+    struct bn_agent *agent = NULL;
+    struct bn_agent_page page;
+    bool has_agent = bn_agent_find(pid, &agent) == 0 && bn_agent_page(agent, &page) == 0;
+    bn_agent_free(agent);
+    if (has_agent) {
+        describe(&page, e);
+    } else {
+        enum bn_ckpt_state state;
+        if (bn_ckpt_state(d->env.gpu, pid, &state, NULL) < 0 || state == BN_CKPT_NO_CUDA ||
+            state == BN_CKPT_FILES_ONLY)
+            return false;
+        e->state = state == BN_CKPT_FAILED ? BN_PS_LOST : BN_PS_NO_AGENT;
+        snprintf(e->note, sizeof(e->note), "no agent: the driver's own path, slow");
+    }
+    int64_t held = host_bytes(d, pid);
+    if (held >= 0) {
+        e->state = BN_PS_SUSPENDED;
+        e->host_bytes = (uint64_t)held;
+        e->gpu_bytes = 0;
+    }
+    return bn_proc_comm(pid, e->comm) == 0;
+}
+
+int bn_daemon_ps(struct daemon *d, bn_ps_fn fn, void *arg, struct bn_error *err)
+{
+    bn_auto_free pid_t *pids = NULL;
+    size_t n = 0;
+    int r = bn_proc_all(&pids, &n);
+    if (r < 0)
+        return bn_error_set(err, r, "ps", "cannot read /proc: %s", strerror(-r));
+    for (size_t i = 0; i < n; i++) {
+        struct bn_ps_entry e;
+        if (pids[i] != getpid() && look(d, pids[i], &e))
+            fn(arg, &e);
+    }
+    return 0;
+}

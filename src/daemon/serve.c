@@ -1,0 +1,478 @@
+/* One connection: requests in, work, replies out. */
+#include "daemon/daemon.h"
+
+#include "base/cleanup.h"
+#include "base/proc.h"
+#include "checkpoint/dump.h"
+#include "config.h"
+#include "restore/restore.h"
+#include "wire/control.h"
+#include "wire/packet.h"
+
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+
+#define TICK_MS 100u /* between progress events, and looks at whether the client is still there */
+
+struct client {
+    struct daemon *d;
+    int fd;
+    pthread_mutex_t send_lock;
+    bool gone; /* the peer hung up: cancels what is under way */
+
+    struct bn_report *report; /* of the session, between its BEGIN and its END */
+    struct bn_dump *dump;
+    struct bn_restore *restore;
+};
+
+struct request {
+    struct bn_reader body;
+    int fd; /* first descriptor that came along, or -1 */
+};
+
+typedef int (*handler_fn)(struct client *c, struct request *rq, struct bn_writer *reply,
+                          struct bn_error *err);
+
+static void send_event(struct client *c, uint16_t type, const struct bn_writer *body)
+{
+    pthread_mutex_lock(&c->send_lock);
+    /* A client that does not read its progress must not hold the work up. */
+    struct pollfd p = {.fd = c->fd, .events = POLLOUT};
+    if (poll(&p, 1, 0) == 1 && (p.revents & POLLOUT))
+        bn_ctl_send(c->fd, type, false, NULL, body, NULL, 0);
+    pthread_mutex_unlock(&c->send_lock);
+}
+
+static void send_progress(struct client *c, const struct bn_progress *progress)
+{
+    bn_auto_writer w = {0};
+    bn_write_progress(&w, progress);
+    send_event(c, BN_CTL_EV_PROGRESS, &w);
+}
+
+static bool hung_up(int fd)
+{
+    struct pollfd p = {.fd = fd, .events = POLLRDHUP};
+    return poll(&p, 1, 0) > 0 && (p.revents & (POLLRDHUP | POLLHUP | POLLERR));
+}
+
+/* ---- the pump: progress out, hang-up in, while the connection's thread is at work ---- */
+
+struct pump {
+    struct client *c;
+    struct bn_report *report;
+    bool events;
+    bool stop;
+    bool started;
+    pthread_t thread;
+};
+
+static void *pump_main(void *arg)
+{
+    struct pump *p = arg;
+    while (!__atomic_load_n(&p->stop, __ATOMIC_ACQUIRE)) {
+        struct bn_progress progress;
+        if (bn_report_wait(p->report, TICK_MS, &progress, NULL))
+            break;
+        if (hung_up(p->c->fd))
+            __atomic_store_n(&p->c->gone, true, __ATOMIC_RELEASE);
+        else if (p->events)
+            send_progress(p->c, &progress);
+    }
+    return NULL;
+}
+
+static void pump_start(struct pump *p, struct client *c, struct bn_report *report, bool events)
+{
+    *p = (struct pump){.c = c, .report = report, .events = events};
+    p->started = pthread_create(&p->thread, NULL, pump_main, p) == 0;
+}
+
+static void pump_stop(struct pump *p)
+{
+    __atomic_store_n(&p->stop, true, __ATOMIC_RELEASE);
+    if (p->started)
+        pthread_join(p->thread, NULL);
+}
+
+/* ---- sessions' beginnings and ends ---- */
+
+static int session_open(struct client *c, pid_t root, int dirfd, struct bn_error *err)
+{
+    if (c->report)
+        return bn_error_set(err, EBUSY, "session", "this connection has a session already");
+    c->report = bn_report_new();
+    if (!c->report)
+        return bn_error_set(err, ENOMEM, "session", "out of memory");
+    int r = bn_publish(c->d, c->report, root, dirfd);
+    if (r < 0) {
+        bn_report_unref(c->report);
+        c->report = NULL;
+        return bn_error_set(err, r, "session", "cannot note the session: %s", strerror(-r));
+    }
+    return 0;
+}
+
+static void session_close(struct client *c, const struct bn_error *err)
+{
+    if (!c->report)
+        return;
+    bn_report_finish(c->report, err);
+    bn_unpublish(c->d, c->report);
+    bn_report_unref(c->report);
+    c->report = NULL;
+}
+
+static void write_phases(struct client *c, struct bn_writer *reply)
+{
+    struct bn_phases phases;
+    bn_report_phases(c->report, &phases);
+    bn_write_phases(reply, &phases);
+}
+
+/* Runs after the reply, or in its place when the client has gone. */
+static void dump_let_go(struct client *c)
+{
+    if (!c->dump)
+        return;
+    struct bn_error err = BN_ERROR_INIT;
+    pid_t root = bn_dump_targets(c->dump)->v[0].pid;
+    if (bn_dump_aftermath(c->dump, &err) < 0)
+        fprintf(stderr, "bennud: after the dump of %d: %s\n", root, err.text);
+    c->dump = NULL;
+}
+
+/* ---- handlers ---- */
+
+static int on_info(struct client *c, struct request *rq, struct bn_writer *reply, struct bn_error *err)
+{
+    (void)rq, (void)err;
+    struct bn_gpu *gpu = c->d->env.gpu;
+    struct bn_daemon_info info = {.driver_version = bn_gpu_driver_version(gpu),
+                                  .simulated = bn_gpu_simulated(gpu),
+                                  .pid = (uint32_t)getpid(),
+                                  .gpus = bn_gpu_count(gpu)};
+    struct bn_pool_stats stats;
+    snprintf(info.version, sizeof(info.version), "%s", BENNU_VERSION);
+    snprintf(info.driver_path, sizeof(info.driver_path), "%s", bn_gpu_driver_path(gpu));
+    if (info.gpus > BN_ARRAY_SIZE(info.gpu))
+        info.gpus = BN_ARRAY_SIZE(info.gpu);
+    for (unsigned g = 0; g < info.gpus; g++) {
+        const struct bn_gpu_info *i = bn_gpu_info(gpu, g);
+        snprintf(info.gpu[g].name, sizeof(info.gpu[g].name), "%.63s", i->name);
+        memcpy(info.gpu[g].uuid, i->uuid, sizeof(i->uuid));
+        info.gpu[g].cc = i->major * 10 + i->minor;
+        info.gpu[g].total = i->total;
+        bn_gpu_mem_info(gpu, g, &info.gpu[g].free, &info.gpu[g].total, NULL);
+    }
+    bn_pool_stats(c->d->env.pool, &stats);
+    info.host_limit = stats.limit;
+    info.host_used = stats.used;
+    bn_write_daemon_info(reply, &info);
+    return 0;
+}
+
+static void ps_line(void *arg, const struct bn_ps_entry *e)
+{
+    bn_auto_writer w = {0};
+    struct client *c = arg;
+    bn_write_ps_entry(&w, e);
+    pthread_mutex_lock(&c->send_lock);
+    bn_ctl_send(c->fd, BN_CTL_EV_PROCESS, false, NULL, &w, NULL, 0);
+    pthread_mutex_unlock(&c->send_lock);
+}
+
+static int on_ps(struct client *c, struct request *rq, struct bn_writer *reply, struct bn_error *err)
+{
+    (void)rq, (void)reply;
+    return bn_daemon_ps(c->d, ps_line, c, err);
+}
+
+static int on_check(struct client *c, struct request *rq, struct bn_writer *reply, struct bn_error *err)
+{
+    pid_t pid = (pid_t)bn_read_u32(&rq->body);
+    struct bn_targets targets = {0};
+    int r = bn_targets_find(c->d->env.gpu, pid, 0, &targets, err);
+    if (r == 0)
+        r = bn_targets_check(&targets, 0, err);
+    uint32_t agents = 0;
+    for (size_t i = 0; i < targets.n; i++)
+        agents += targets.v[i].agent != NULL;
+    bn_write_u32(reply, (uint32_t)targets.n);
+    bn_write_u32(reply, agents);
+    bn_write_u64(reply, bn_targets_evictable(&targets));
+    bn_targets_free(&targets);
+    return r;
+}
+
+static int on_suspend(struct client *c, struct request *rq, struct bn_writer *reply, struct bn_error *err)
+{
+    pid_t pid = (pid_t)bn_read_u32(&rq->body);
+    uint32_t tier = bn_read_u32(&rq->body), flags = bn_read_u32(&rq->body);
+    struct suspended_entry *e;
+    struct bn_suspended *s = NULL;
+    if (tier != BN_TIER_HOST)
+        return bn_error_set(err, EINVAL, "suspend", "this bennud knows the host tier only");
+    int r = bn_take_suspended(c->d, pid, &e, &s);
+    if (r == 0)
+        bn_return_suspended(c->d, e, s);
+    if (r != -ENOENT)
+        return bn_error_set(err, EALREADY, "suspend", "process %d is suspended already: 'bennu resume %d'",
+                            pid, pid);
+
+    r = session_open(c, pid, -1, err);
+    if (r < 0)
+        return r;
+    struct pump pump;
+    pump_start(&pump, c, c->report, flags & BN_CTL_F_PROGRESS);
+    r = bn_suspend(&c->d->env, pid, 0, c->report, &c->gone, &s, err);
+    pump_stop(&pump);
+    if (r == 0 && bn_keep_suspended(c->d, s) < 0) {
+        bn_resume(&s, c->report, NULL);
+        r = bn_error_set(err, ENOMEM, "suspend", "out of memory");
+    }
+    write_phases(c, reply);
+    session_close(c, r < 0 ? err : NULL);
+    return r;
+}
+
+static int on_resume(struct client *c, struct request *rq, struct bn_writer *reply, struct bn_error *err)
+{
+    pid_t pid = (pid_t)bn_read_u32(&rq->body);
+    struct suspended_entry *e;
+    struct bn_suspended *s;
+    int r = bn_take_suspended(c->d, pid, &e, &s);
+    if (r < 0)
+        return bn_error_set(err, r, "resume",
+                            r == -EBUSY ? "process %d is being worked on"
+                                        : "process %d is not suspended: see 'bennu ps'",
+                            pid);
+    r = session_open(c, pid, -1, err);
+    if (r == 0) {
+        struct pump pump;
+        pump_start(&pump, c, c->report, true);
+        r = bn_resume(&s, c->report, err);
+        pump_stop(&pump);
+        write_phases(c, reply);
+        session_close(c, r < 0 ? err : NULL);
+    }
+    bn_return_suspended(c->d, e, s);
+    return r;
+}
+
+static int on_watch(struct client *c, struct request *rq, struct bn_writer *reply, struct bn_error *err)
+{
+    pid_t root = (pid_t)bn_read_u32(&rq->body);
+    if (root == 0 && rq->fd < 0)
+        return bn_error_set(err, EINVAL, "watch", "neither a pid nor a directory to watch");
+    /* Tells the client that nothing will be missed from here on. */
+    send_progress(c, &(struct bn_progress){.phase = "waiting"});
+
+    struct bn_report *report = NULL;
+    while (!report && !hung_up(c->fd))
+        report = bn_find_published(c->d, root, rq->fd, TICK_MS);
+    if (!report)
+        return -ECANCELED;
+    struct bn_progress progress;
+    struct bn_error outcome = BN_ERROR_INIT;
+    while (!bn_report_wait(report, TICK_MS, &progress, &outcome) && !hung_up(c->fd))
+        send_progress(c, &progress);
+    struct bn_phases phases;
+    bn_report_phases(report, &phases);
+    bn_report_unref(report);
+    bn_write_phases(reply, &phases);
+    if (outcome.code && err)
+        *err = outcome;
+    return -outcome.code;
+}
+
+static int on_dump_begin(struct client *c, struct request *rq, struct bn_writer *reply, struct bn_error *err)
+{
+    pid_t root = (pid_t)bn_read_u32(&rq->body);
+    uint32_t flags = bn_read_u32(&rq->body);
+    if (rq->fd < 0)
+        return bn_error_set(err, EINVAL, "dump", "no image directory came with the request");
+    int r = session_open(c, root, -1, err);
+    if (r < 0)
+        return r;
+    r = bn_dump_begin(&c->d->env, root, flags & BN_CTL_F_DRIVER_PATH ? BN_FIND_DRIVER_PATH : 0, rq->fd,
+                      c->report, &c->dump, err);
+    if (r < 0 || !c->dump)
+        session_close(c, r < 0 ? err : NULL);
+    bn_write_u32(reply, c->dump ? (uint32_t)bn_dump_targets(c->dump)->n : 0);
+    return r;
+}
+
+static int on_dump_process(struct client *c, struct request *rq, struct bn_writer *reply,
+                           struct bn_error *err)
+{
+    pid_t pid = (pid_t)bn_read_u32(&rq->body);
+    int r = c->dump ? bn_dump_covers(c->dump, pid, err) : 0;
+    bn_write_u32(reply, r > 0);
+    return r < 0 ? r : 0;
+}
+
+static int on_dump_end(struct client *c, struct request *rq, struct bn_writer *reply, struct bn_error *err)
+{
+    int32_t result = (int32_t)bn_read_u32(&rq->body);
+    if (!c->dump)
+        return bn_error_set(err, EINVAL, "dump", "no dump is under way on this connection");
+    int r = 0;
+    if (result == 0) {
+        struct pump pump;
+        pump_start(&pump, c, c->report, false);
+        r = bn_dump_commit(c->dump, &c->gone, err);
+        pump_stop(&pump);
+    } else {
+        bn_dump_abort(c->dump);
+    }
+    write_phases(c, reply);
+    struct bn_error criu = BN_ERROR_INIT;
+    bn_error_set(&criu, ECANCELED, "criu", "CRIU could not dump the process (result %d)", result);
+    session_close(c, result ? &criu : r < 0 ? err : NULL);
+    return r;
+}
+
+static int on_restore_begin(struct client *c, struct request *rq, struct bn_writer *reply,
+                            struct bn_error *err)
+{
+    uint32_t flags = bn_read_u32(&rq->body);
+    if (rq->fd < 0)
+        return bn_error_set(err, EINVAL, "restore", "no image directory came with the request");
+    int r = session_open(c, 0, rq->fd, err);
+    if (r < 0)
+        return r;
+    r = bn_restore_begin(&c->d->env, rq->fd, flags & BN_CTL_F_STOCK_IMAGE ? BN_RESTORE_STOCK : 0, c->report,
+                         &c->restore, err);
+    if (r < 0)
+        session_close(c, err);
+    bn_write_u32(reply, c->restore ? (uint32_t)bn_restore_count(c->restore) : 0);
+    return r;
+}
+
+static int on_restore_process(struct client *c, struct request *rq, struct bn_writer *reply,
+                              struct bn_error *err)
+{
+    pid_t pid = (pid_t)bn_read_u32(&rq->body);
+    int r = c->restore ? bn_restore_claim(c->restore, pid, err) : 0;
+    bn_write_u32(reply, r > 0);
+    return r < 0 ? r : 0;
+}
+
+static int on_restore_end(struct client *c, struct request *rq, struct bn_writer *reply, struct bn_error *err)
+{
+    int32_t result = (int32_t)bn_read_u32(&rq->body);
+    if (!c->restore)
+        return bn_error_set(err, EINVAL, "restore", "no restore is under way on this connection");
+    int r = 0;
+    if (result == 0) {
+        struct pump pump;
+        pump_start(&pump, c, c->report, false);
+        r = bn_restore_finish(c->restore, &c->gone, err);
+        pump_stop(&pump);
+    }
+    bn_restore_free(c->restore);
+    c->restore = NULL;
+    write_phases(c, reply);
+    struct bn_error criu = BN_ERROR_INIT;
+    bn_error_set(&criu, ECANCELED, "criu", "CRIU could not restore the process (result %d)", result);
+    session_close(c, result ? &criu : r < 0 ? err : NULL);
+    return r;
+}
+
+static const struct {
+    uint16_t type;
+    handler_fn fn;
+} handlers[] = {
+    {BN_CTL_INFO, on_info},
+    {BN_CTL_PS, on_ps},
+    {BN_CTL_SUSPEND, on_suspend},
+    {BN_CTL_RESUME, on_resume},
+    {BN_CTL_CHECK, on_check},
+    {BN_CTL_WATCH, on_watch},
+    {BN_CTL_DUMP_BEGIN, on_dump_begin},
+    {BN_CTL_DUMP_PROCESS, on_dump_process},
+    {BN_CTL_DUMP_END, on_dump_end},
+    {BN_CTL_RESTORE_BEGIN, on_restore_begin},
+    {BN_CTL_RESTORE_PROCESS, on_restore_process},
+    {BN_CTL_RESTORE_END, on_restore_end},
+};
+
+static int handle(struct client *c, uint16_t type, struct request *rq, struct bn_writer *reply,
+                  struct bn_error *err)
+{
+    if (!c->d->env.gpu) {
+        *err = c->d->no_gpu;
+        return -err->code;
+    }
+    for (size_t i = 0; i < BN_ARRAY_SIZE(handlers); i++)
+        if (handlers[i].type == type) {
+            int r = handlers[i].fn(c, rq, reply, err);
+            if (rq->body.failed)
+                r = bn_error_replace(err, EBADMSG, "request", "a request of type %u is too short", type);
+            return r;
+        }
+    return bn_error_set(err, EPROTO, "request", "unknown request %u: are command and daemon of one version?",
+                        type);
+}
+
+static void log_failure(uint16_t type, const struct bn_error *err)
+{
+    if (err->code != ECANCELED)
+        fprintf(stderr, "bennud: request %u failed at '%s': %s\n", type, err->stage, err->text);
+}
+
+static bool answer(struct client *c, void *buf)
+{
+    struct bn_ctl_head head;
+    struct request rq = {.fd = -1};
+    int fds[BN_CTL_FDS_MAX];
+    size_t nfds = 0;
+    int r = bn_ctl_recv(c->fd, buf, &head, &rq.body, fds, BN_CTL_FDS_MAX, &nfds);
+    if (r < 0)
+        return false;
+    if (nfds > 0)
+        rq.fd = fds[0];
+
+    bn_auto_writer reply = {0};
+    struct bn_error err = BN_ERROR_INIT;
+    r = handle(c, head.type, &rq, &reply, &err);
+    bn_close_all(fds, nfds);
+    if (r < 0) {
+        bn_error_set(&err, r, "request", "%s", strerror(-r));
+        log_failure(head.type, &err);
+    }
+    pthread_mutex_lock(&c->send_lock);
+    r = bn_ctl_send(c->fd, head.type, true, &err, err.code ? NULL : &reply, NULL, 0);
+    pthread_mutex_unlock(&c->send_lock);
+    if (head.type == BN_CTL_DUMP_END)
+        dump_let_go(c);
+    return r == 0;
+}
+
+/* The connection ended in the middle of a session: whoever drove CRIU died or gave up. */
+static void abandon(struct client *c)
+{
+    struct bn_error err = BN_ERROR_INIT;
+    bn_error_set(&err, EPIPE, "session", "CRIU ended in the middle: see its log");
+    if (c->dump)
+        bn_dump_abort(c->dump);
+    session_close(c, &err);
+    dump_let_go(c);
+    bn_restore_free(c->restore);
+    c->restore = NULL;
+}
+
+void bn_daemon_serve(struct daemon *d, int fd)
+{
+    struct client c = {.d = d, .fd = fd};
+    bn_auto_free void *buf = malloc(BN_CTL_MSG_MAX);
+    pthread_mutex_init(&c.send_lock, NULL);
+    while (buf && answer(&c, buf))
+        ;
+    abandon(&c);
+    bn_close(fd);
+    pthread_mutex_destroy(&c.send_lock);
+}
