@@ -1,0 +1,197 @@
+/* What the commands of `bennu` share. One file a command; main.c dispatches by a table; every option of every command
+ * stands in one table that parses it, prints --help and is compared with the man page by a test.
+ *
+ * The program is a thin one: processes are frozen and saved by CRIU with Bennu's plugin, GPU memory by the daemon. What is
+ * here: checks before anything is touched, one message a failure, progress, and a table of what happened. */
+#pragma once
+
+#include "base/error.h"
+#include "wire/control.h"
+
+#include <jansson.h>
+#include <limits.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+enum cli_exit {
+    CLI_OK = 0,
+    CLI_FAILED = 1, /* nothing was changed: a process that ran goes on, nothing half-written is left */
+    CLI_USAGE = 2,
+    CLI_REFUSED = 3,   /* this process cannot be checkpointed */
+    CLI_NO_DAEMON = 4, /* bennud does not run */
+    CLI_BAD_IMAGE = 5, /* not a checkpoint, or a damaged one */
+    CLI_CANNOT_EXEC = 126,
+    CLI_NOT_FOUND = 127,
+};
+
+/* --- options.c: one table of options a command --------------------------------------------------------------------- */
+
+enum cli_option_type { CLI_FLAG, CLI_STRING, CLI_UINT };
+
+struct cli_option {
+    const char *name; /* NULL ends a table */
+    char letter;      /* 0: none */
+    enum cli_option_type type;
+    const char *arg; /* what --help calls the argument; NULL for flags */
+    void *value;     /* bool *, const char ** or unsigned * */
+    const char *help;
+};
+
+struct cli_command {
+    const char *name, *operands, *summary;
+    const struct cli_option *options;
+    int min, max;       /* operands; max -1: any number, and options end at the first one */
+    const char *needed; /* for the message when there are too few or too many */
+    int (*run)(int argc, char **argv);
+};
+
+extern const struct cli_command cli_run, cli_dump, cli_restore, cli_suspend, cli_resume, cli_ps, cli_inspect,
+    cli_check;
+
+/* Name of the command under way, for messages: "bennu dump". */
+extern const char *cli_name;
+
+/* Parse the options of `cmd`; argv[0] is the command's name. Returns the index of the first operand, or -1 when the program is to
+ * end with *exit_code (help was printed, or a message about wrong usage). */
+int cli_parse(const struct cli_command *cmd, int argc, char **argv, int *exit_code);
+void cli_print_help(const struct cli_command *cmd);
+/* "bennu dump: TEXT" and a hint at --help; returns CLI_USAGE. */
+int cli_usage(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+
+/* --- output.c -------------------------------------------------------------------------------------------------------- */
+
+/* One message on standard error, and with `json` an object {"ok": false, "error": {…}} on standard output. Returns exit_code. */
+int cli_fail(int exit_code, const struct bn_error *err, bool json);
+/* Print the object on one line and drop the reference to it. */
+void cli_print_json(json_t *object);
+/* {"ok": true} to be added to. */
+json_t *cli_json_ok(void);
+json_t *cli_json_phases(const struct bn_phases *phases);
+/* Table of phases: when each began, how long it took, what it moved; `total_ns` closes it. */
+void cli_print_phases(FILE *out, const struct bn_phases *phases, uint64_t total_ns);
+/* "12.3 GB", decimal units. `buf` of 16 bytes at least; returns it. */
+char *cli_bytes(uint64_t bytes, char buf[16]);
+/* Replace what could disturb a terminal (names come from other processes). Returns s. */
+char *cli_clean(char *s);
+/* Add a phase; nothing when the table is full. */
+void cli_add_phase(struct bn_phases *phases, const char *name, uint64_t start_ns, uint64_t duration_ns);
+
+/* --- progress.c ------------------------------------------------------------------------------------------------------- */
+
+struct cli_progress;
+/* A line on standard error that shows how far things are, drawn by a thread of its own from half a second on. NULL where
+ * standard error is no terminal; all of these take NULL. */
+struct cli_progress *cli_progress_new(const char *what);
+void cli_progress_update(struct cli_progress *p, const struct bn_progress *now); /* any thread */
+void cli_progress_free(struct cli_progress *p);                                  /* removes the line */
+/* For bn_ctl_call: feeds progress events to the struct cli_progress in arg. */
+void cli_progress_event(void *arg, const struct bn_ctl_head *head, struct bn_reader *body);
+
+/* --- where.c: where the other parts lie --------------------------------------------------------------------------------- */
+
+/* Root of the build folder that this program runs from; NULL when it is installed. */
+const char *cli_build_root(void);
+/* Each is the environment's word, else the build folder's, else where it was installed. `out` of PATH_MAX bytes. */
+void cli_agent_path(char *out); /* BENNU_AGENT */
+void cli_plugin_dir(char *out); /* BENNU_PLUGIN_DIR */
+const char *cli_rundir(void);   /* BENNU_RUNDIR */
+#define CLI_PLUGIN_FILE "bennu_plugin.so"
+
+/* --- process.c ---------------------------------------------------------------------------------------------------------- */
+
+/* Run a program to its end, at most timeout_ms, standard input empty; *out (may be NULL) gets what it wrote on both outputs, at most
+ * 64 KiB; caller frees. Returns the exit status as waitpid(2) gives it, or negative errno. */
+int cli_capture(char *const argv[], unsigned timeout_ms, char **out);
+/* Run `fn` in a forked child with its standard error to *out as above. Returns the child's exit code, or negative. */
+int cli_in_child(int (*fn)(void *arg), void *arg, char **out);
+int cli_parse_pid(const char *text, pid_t *pid);
+/* Is `pid` a process that we may act on (exists, alive, we are root)? `stops`: CRIU will stop it and all below it, so we must not be
+ * among them, and nobody else may trace it. */
+int cli_check_process(pid_t pid, bool stops, struct bn_error *err);
+/* Bytes of memory of the processes below `root` that CRIU will have to write, roughly. */
+uint64_t cli_tree_memory(pid_t root);
+int cli_need_root(struct bn_error *err);
+/* True if a libcuda.so.1 can be loaded here (or BENNU_DRIVER names one): looked for in a forked child. */
+bool cli_have_driver(void);
+
+/* --- daemon.c ------------------------------------------------------------------------------------------------------------- */
+
+/* Connect and say what to do if nobody answers. Returns a descriptor or negative errno. */
+int cli_daemon_connect(struct bn_error *err);
+/* Exit code for an error of the daemon's. */
+int cli_daemon_exit_code(const struct bn_error *err);
+
+struct cli_watch;
+/* Follow the session that will act on `pid` (or, with pid 0, on the image directory `dirfd`), on a connection and a thread of its
+ * own. Takes `sock`. */
+int cli_watch_start(int sock, pid_t pid, int dirfd, struct cli_progress *progress, struct cli_watch **out,
+                    struct bn_error *err);
+/* Wait for the session's end and free the watch. `expected`: a session is known to exist. 0: it ended well and *phases is filled
+ * (empty when there was no session); negative: its error, in *err. */
+int cli_watch_finish(struct cli_watch *w, bool expected, struct bn_phases *phases, struct bn_error *err);
+
+/* suspend.c: `type` is BN_CTL_SUSPEND or BN_CTL_RESUME. Returns the exit code. */
+int cli_suspend_or_resume(uint16_t type, pid_t pid, bool as_json, bool silent);
+
+/* --- criu.c --------------------------------------------------------------------------------------------------------------- */
+
+#define CLI_CRIU_MIN 40000
+
+struct cli_criu {
+    char path[PATH_MAX];
+    char plugin_dir[PATH_MAX];
+    int version; /* 40101 = 4.1.1 */
+};
+
+/* Find CRIU and Bennu's plugin for it. */
+int cli_criu_find(struct cli_criu *criu, struct bn_error *err);
+/* Find CRIU alone (for `check`). */
+int cli_criu_find_program(struct cli_criu *criu, struct bn_error *err);
+int cli_criu_plugin_present(const char *dir, struct bn_error *err);
+/* Common options of libcriu for both directions; the environment of this process is set for CRIU. */
+int cli_criu_setup(const struct cli_criu *criu, int images, int work, const char *log, struct bn_error *err);
+/* While CRIU works, a signal from the terminal must not tear it from its tasks: they are ignored meanwhile, in CRIU too. */
+void cli_ignore_signals(bool ignore);
+/* The cause in CRIU's log, as a sentence; empty when it does not say. `out` of `cap` bytes. */
+void cli_criu_log_cause(int dir, const char *log, char *out, size_t cap);
+void cli_version_text(int version, char out[24]);
+
+/* --- record.c: what the command line itself must remember in a checkpoint --------------------------------------------------- */
+
+#define CLI_RECORD_FILE "bennu-command.json"
+#define CLI_INVENTORY "inventory.img" /* CRIU's: every image has it */
+#define CLI_RECORD_PIDS 4096
+
+struct cli_record {
+    bool gpu; /* GPU state belongs to it: without a manifest it is half a checkpoint */
+    int criu;
+    size_t npids;
+    pid_t *pids; /* root first; owned */
+    char stdio
+        [3]
+        [64]; /* "pipe:[123]" where descriptors 0-2 of the root lead to a pipe out of the tree, else empty */
+};
+
+int cli_record_make(pid_t root, bool gpu, int criu, struct cli_record *r);
+int cli_record_write(const struct cli_record *r, int dir);
+/* -ENOENT: the checkpoint has none. -EBADMSG: damaged. */
+int cli_record_read(int dir, struct cli_record *r);
+void cli_record_free(struct cli_record *r);
+
+/* --- directory.c ------------------------------------------------------------------------------------------------------------- */
+
+struct cli_directory {
+    int fd, parent; /* owned */
+    char *path;     /* absolute; owned */
+    bool created;
+};
+
+/* Open DIR for a new checkpoint: make it if it is missing; refuse what is not an empty directory that we can write to. */
+int cli_directory_prepare(const char *path, struct cli_directory *d, struct bn_error *err);
+/* Remove everything in it, and it, too, if it was made by cli_directory_prepare. */
+void cli_directory_discard(struct cli_directory *d);
+void cli_directory_close(struct cli_directory *d);
+/* Bytes free for us in the file system of `fd`. */
+uint64_t cli_free_space(int fd);

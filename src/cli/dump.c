@@ -1,0 +1,260 @@
+/* bennu dump: checkpoint a process and its children into a directory, with CRIU and Bennu's plugin. */
+#include "cli/cli.h"
+
+#include "base/cleanup.h"
+#include "base/io.h"
+#include "store/image_dir.h"
+
+#include <criu/criu.h>
+#include <fcntl.h>
+#include <string.h>
+
+#define LOG_FILE "dump.log"
+
+static bool leave_running, driver_path, allow_no_cuda, no_space_check, json, quiet;
+static unsigned timeout;
+
+static const struct cli_option options[] = {
+    {"leave-running", 'R', CLI_FLAG, NULL, &leave_running,
+     "let the process go on afterwards; else it is ended"},
+    {"driver-path", 0, CLI_FLAG, NULL, &driver_path,
+     "ignore the agents: save GPU memory through the driver alone"},
+    {"allow-no-cuda", 0, CLI_FLAG, NULL, &allow_no_cuda, "also dump a process that does not use CUDA"},
+    {"no-space-check", 0, CLI_FLAG, NULL, &no_space_check, "begin even if the disk looks too small"},
+    {"timeout", 't', CLI_UINT, "SECONDS", &timeout,
+     "how long CRIU may take to stop the processes (default 10)"},
+    {"json", 'j', CLI_FLAG, NULL, &json, "print the result as one JSON object"},
+    {"quiet", 'q', CLI_FLAG, NULL, &quiet, "print nothing but errors"},
+    {0},
+};
+
+struct dump {
+    pid_t pid;
+    struct cli_criu criu;
+    struct cli_directory dir;
+    uint32_t cuda, agents;
+    uint64_t gpu_bytes;
+    struct bn_phases phases;
+    uint64_t took;
+    char log_kept[PATH_MAX];
+};
+
+/* What the daemon would refuse in a dump of this tree. Returns an exit code. */
+static int ask_daemon(struct dump *d, int sock, struct bn_error *err)
+{
+    struct bn_reader reply;
+    bn_auto_writer body = {0};
+    bn_auto_free void *buf = malloc(BN_CTL_MSG_MAX);
+    bn_write_u32(&body, (uint32_t)d->pid);
+    if (!buf) {
+        bn_error_set(err, ENOMEM, "check", "out of memory");
+        return CLI_FAILED;
+    }
+    if (bn_ctl_call(sock, BN_CTL_CHECK, &body, NULL, 0, NULL, NULL, buf, &reply, err) < 0)
+        return err->code == EPIPE || strcmp(err->stage, "daemon") == 0 ? CLI_FAILED : CLI_REFUSED;
+    d->cuda = bn_read_u32(&reply);
+    d->agents = bn_read_u32(&reply);
+    d->gpu_bytes = bn_read_u64(&reply);
+    if (reply.failed) {
+        bn_error_set(err, EBADMSG, "check",
+                     "bennud's answer makes no sense: are command and daemon of one version?");
+        return CLI_FAILED;
+    }
+    if (d->cuda == 0 && !allow_no_cuda) {
+        bn_error_set(err, ENOTSUP, "check",
+                     "process %d does not use CUDA, nor do its children: plain 'criu dump' saves it, or give "
+                     "--allow-no-cuda",
+                     d->pid);
+        return CLI_REFUSED;
+    }
+    return CLI_OK;
+}
+
+static int check_space(const struct dump *d, struct bn_error *err)
+{
+    char need[16], have[16];
+    uint64_t wanted = d->gpu_bytes + cli_tree_memory(d->pid), is_free = cli_free_space(d->dir.fd);
+    if (no_space_check || wanted <= is_free)
+        return 0;
+    return bn_error_set(err, ENOSPC, "directory",
+                        "%s has %s free and up to %s may be needed: free some, name another place, or give "
+                        "--no-space-check",
+                        d->dir.path, cli_bytes(is_free, have), cli_bytes(wanted, need));
+}
+
+static int criu_options(const struct dump *d, struct bn_error *err)
+{
+    int r = cli_criu_setup(&d->criu, d->dir.fd, d->dir.fd, LOG_FILE, err);
+    if (r < 0)
+        return r;
+    criu_set_pid(d->pid);
+    criu_set_leave_running(leave_running);
+    if (timeout)
+        criu_set_timeout(timeout);
+    if (access("/usr/sbin/iptables", X_OK) < 0 && access("/sbin/iptables", X_OK) < 0)
+        criu_set_network_lock(CRIU_NETWORK_LOCK_NFTABLES);
+    /* Read by the plugin, which runs in CRIU. */
+    if (driver_path)
+        setenv("BENNU_DRIVER_PATH", "1", 1);
+    else
+        unsetenv("BENNU_DRIVER_PATH");
+    return 0;
+}
+
+/* The daemon's word first: it says what is wrong with the GPU half. CRIU's log otherwise. */
+static void describe_failure(struct dump *d, int result, const struct bn_error *session, struct bn_error *err)
+{
+    char cause[300];
+    if (bn_error_is_set(session)) {
+        bn_error_set(err, session->code, session->stage, "%s", session->text);
+        return;
+    }
+    cli_criu_log_cause(d->dir.fd, LOG_FILE, cause, sizeof(cause));
+    if (*cause)
+        bn_error_set(err, EIO, "criu", "CRIU cannot save process %d: %s", d->pid, cause);
+    else
+        bn_error_set(err, EIO, "criu", "CRIU (%s) failed and did not say why (error %d)", d->criu.path,
+                     result);
+}
+
+/* Keep CRIU's log beside DIR, as DIR.log: in DIR nothing may look like a checkpoint. */
+static void keep_log(struct dump *d)
+{
+    char name[NAME_MAX + 1];
+    const char *base = strrchr(d->dir.path, '/');
+    if (!base || !base[1] || snprintf(name, sizeof(name), "%s.log", base + 1) >= (int)sizeof(name))
+        return;
+    if (renameat(d->dir.fd, LOG_FILE, d->dir.parent, name) == 0)
+        snprintf(d->log_kept, sizeof(d->log_kept), "%.*s.log", PATH_MAX - 8, d->dir.path);
+}
+
+static int failed(struct dump *d, int exit_code, struct bn_error *err)
+{
+    keep_log(d);
+    cli_directory_discard(&d->dir);
+    if (*d->log_kept) {
+        size_t used = strlen(err->text);
+        snprintf(err->text + used, sizeof(err->text) - used, " (CRIU's log: %s)", d->log_kept);
+    }
+    return exit_code;
+}
+
+/* CRIU reports success only when our plugin let it; this is the last look before success is claimed. */
+static int check_result(struct dump *d, struct bn_error *err)
+{
+    if (d->cuda > 0 && bn_image_present(d->dir.fd) != 1)
+        return bn_error_set(
+            err, EIO, "criu",
+            "CRIU finished but Bennu's plugin wrote no manifest to %s: this is no complete checkpoint",
+            d->dir.path);
+    return 0;
+}
+
+static int checkpoint(struct dump *d, int *sock, struct bn_error *err)
+{
+    struct cli_record record;
+    struct cli_watch *watch = NULL;
+    struct bn_error session = BN_ERROR_INIT;
+    int r = cli_record_make(d->pid, d->cuda > 0, d->criu.version, &record);
+    if (r == 0)
+        r = cli_record_write(&record, d->dir.fd);
+    cli_record_free(&record);
+    if (r < 0) {
+        bn_error_set(err, r, "directory", "cannot write to %s: %s", d->dir.path, strerror(-r));
+        return failed(d, CLI_FAILED, err);
+    }
+    if (criu_options(d, err) < 0)
+        return failed(d, CLI_FAILED, err);
+    cli_ignore_signals(true);
+    struct cli_progress *progress = cli_progress_new("dump");
+    if (cli_watch_start(BN_TAKE_FD(*sock), d->pid, -1, progress, &watch, err) < 0) {
+        cli_progress_free(progress);
+        return failed(d, CLI_FAILED, err);
+    }
+    uint64_t began = bn_now_ns();
+    int result = criu_dump();
+    uint64_t criu_took = bn_now_ns() - began;
+    int watched = cli_watch_finish(watch, result >= 0 && d->cuda > 0, &d->phases, &session);
+    d->took = bn_now_ns() - began;
+    cli_progress_free(progress);
+    criu_free_opts();
+    cli_add_phase(&d->phases, "CRIU, all of it", 0, criu_took);
+    if (result < 0) {
+        describe_failure(d, result, watched < 0 ? &session : NULL, err);
+        return failed(d, cli_daemon_exit_code(err), err);
+    }
+    if (check_result(d, err) < 0)
+        return CLI_FAILED;
+    return CLI_OK;
+}
+
+static void report(const struct dump *d)
+{
+    char bytes[16], version[24];
+    if (json) {
+        cli_version_text(d->criu.version, version);
+        json_t *o = cli_json_ok();
+        json_object_set_new(o, "pid", json_integer(d->pid));
+        json_object_set_new(o, "directory", json_string(d->dir.path));
+        json_object_set_new(o, "left_running", json_boolean(leave_running));
+        json_object_set_new(o, "cuda_processes", json_integer(d->cuda));
+        json_object_set_new(o, "agents", json_integer(d->agents));
+        json_object_set_new(o, "gpu_bytes", json_integer((json_int_t)d->gpu_bytes));
+        json_object_set_new(o, "criu_version", json_string(version));
+        json_object_set_new(o, "duration_s", json_real((double)d->took / 1e9));
+        json_object_set_new(o, "phases", cli_json_phases(&d->phases));
+        cli_print_json(o);
+    } else if (!quiet) {
+        cli_print_phases(stdout, &d->phases, d->took);
+        printf("process %d (%u with CUDA, %s on the GPU) is in %s%s\n", d->pid, d->cuda,
+               cli_bytes(d->gpu_bytes, bytes), d->dir.path, leave_running ? " and goes on" : "");
+    }
+}
+
+/* Everything that can be checked before anything is touched. Returns an exit code. */
+static int prepare(struct dump *d, const char *path, int *sock, struct bn_error *err)
+{
+    if (cli_check_process(d->pid, true, err) < 0 || cli_directory_prepare(path, &d->dir, err) < 0)
+        return CLI_FAILED;
+    int code = CLI_OK;
+    if (cli_criu_find(&d->criu, err) < 0)
+        code = CLI_FAILED;
+    if (code == CLI_OK && (*sock = cli_daemon_connect(err)) < 0)
+        code = CLI_NO_DAEMON;
+    if (code == CLI_OK)
+        code = ask_daemon(d, *sock, err);
+    if (code == CLI_OK && check_space(d, err) < 0)
+        code = CLI_FAILED;
+    if (code != CLI_OK)
+        cli_directory_discard(&d->dir);
+    return code;
+}
+
+static int dump(int argc, char **argv)
+{
+    struct bn_error err = BN_ERROR_INIT;
+    struct dump d = {.dir = {.fd = -1, .parent = -1}};
+    bn_auto_fd sock = -1;
+    if (cli_parse_pid(argv[0], &d.pid) < 0)
+        return cli_usage("'%s' is not a process id", argv[0]);
+    int code = prepare(&d, argv[1], &sock, &err);
+    if (code == CLI_OK)
+        code = checkpoint(&d, &sock, &err);
+    if (code == CLI_OK)
+        report(&d);
+    else
+        cli_fail(code, &err, json);
+    cli_directory_close(&d.dir);
+    return code;
+}
+
+const struct cli_command cli_dump = {
+    .name = "dump",
+    .operands = "PID DIR",
+    .summary = "Save a process and its children, GPU memory included, to a directory",
+    .options = options,
+    .min = 2,
+    .max = 2,
+    .needed = "two operands are needed: PID and DIR",
+    .run = dump,
+};

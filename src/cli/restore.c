@@ -1,0 +1,356 @@
+/* bennu restore: bring a checkpoint back to life. */
+#include "cli/cli.h"
+
+#include "base/cleanup.h"
+#include "base/io.h"
+#include "base/proc.h"
+#include "store/image_dir.h"
+
+#include <criu/criu.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+
+#define LOG_FILE "restore.log"
+
+static bool detach, json, quiet;
+static const char *pidfile;
+
+static const struct cli_option options[] = {
+    {"detach", 'd', CLI_FLAG, NULL, &detach,
+     "return as soon as the program runs again, and print its process id"},
+    {"pidfile", 'p', CLI_STRING, "FILE", &pidfile, "write the process id to FILE"},
+    {"json", 'j', CLI_FLAG, NULL, &json, "print the result as one JSON object"},
+    {"quiet", 'q', CLI_FLAG, NULL, &quiet, "print nothing but errors"},
+    {0},
+};
+
+struct restore {
+    const char *path;
+    int dir;
+    bool have_record;
+    struct cli_record record;
+    struct bn_manifest *manifest;
+    struct cli_criu criu;
+    int work;
+    char work_path[64];
+    struct bn_phases phases;
+    uint64_t took;
+};
+
+static int open_image(struct restore *r, struct bn_error *err)
+{
+    r->dir = open(r->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (r->dir < 0)
+        return bn_error_set(err, errno, "directory", "cannot open the checkpoint %s: %m", r->path);
+    return 0;
+}
+
+/* Is it a checkpoint, and a whole one? */
+static int check_image(struct restore *r, struct bn_error *err)
+{
+    if (bn_image_has_criu(r->dir) != 1)
+        return bn_error_set(err, EBADMSG, "image", "%s is not a checkpoint: it has no %s, which CRIU writes",
+                            r->path, CLI_INVENTORY);
+    int rc = cli_record_read(r->dir, &r->record);
+    if (rc < 0 && rc != -ENOENT)
+        return bn_error_set(err, EBADMSG, "image", "the checkpoint %s is damaged: %s makes no sense", r->path,
+                            CLI_RECORD_FILE);
+    r->have_record = rc == 0;
+    rc = bn_image_load(r->dir, &r->manifest, err);
+    if (rc == 0)
+        return 0;
+    if (rc != -ENOENT)
+        return rc;
+    *err = BN_ERROR_INIT;
+    if (r->have_record && r->record.gpu)
+        return bn_error_set(err, EBADMSG, "image",
+                            "the checkpoint %s is not complete: its dump was cut off before %s was written",
+                            r->path, BN_MANIFEST_NAME);
+    return 0; /* made by CRIU alone, or by CRIU's own CUDA plugin */
+}
+
+static int check_pid_free(const struct restore *r, pid_t pid, struct bn_error *err)
+{
+    char comm[16] = "";
+    if (kill(pid, 0) < 0 && errno == ESRCH)
+        return 0;
+    bn_proc_comm(pid, comm);
+    return bn_error_set(
+        err, EEXIST, "process",
+        "the checkpoint %s needs process id %d, which %s has now: end it, or restore in a pid namespace of "
+        "its own (unshare --pid --fork --mount-proc)",
+        r->path, pid, *comm ? cli_clean(comm) : "another process");
+}
+
+static int check_pids_free(const struct restore *r, struct bn_error *err)
+{
+    for (size_t i = 0; r->have_record && i < r->record.npids; i++) {
+        if (check_pid_free(r, r->record.pids[i], err) < 0)
+            return -EEXIST;
+    }
+    for (uint32_t i = 0; !r->have_record && r->manifest && i < r->manifest->n_processes; i++) {
+        if (check_pid_free(r, r->manifest->processes[i].pid, err) < 0)
+            return -EEXIST;
+    }
+    return 0;
+}
+
+static int check_criu(struct restore *r, struct bn_error *err)
+{
+    if (cli_criu_find(&r->criu, err) < 0)
+        return -ENOENT;
+    if (r->have_record && r->record.criu / 100 > r->criu.version / 100) {
+        char made[24], here[24];
+        cli_version_text(r->record.criu, made);
+        cli_version_text(r->criu.version, here);
+        return bn_error_set(
+            err, ENOEXEC, "criu",
+            "the checkpoint %s was made by CRIU %s, and CRIU here (%s) is %s: install that version or newer",
+            r->path, made, r->criu.path, here);
+    }
+    return 0;
+}
+
+/* CRIU's log and statistics of a restore do not belong into the checkpoint, which may be read-only. */
+static int make_work(struct restore *r, struct bn_error *err)
+{
+    snprintf(r->work_path, sizeof(r->work_path), "/tmp/bennu-restore.XXXXXX");
+    if (!mkdtemp(r->work_path)) {
+        r->work_path[0] = 0;
+        return bn_error_set(err, errno, "directory", "cannot make a directory for CRIU's log in /tmp: %m");
+    }
+    r->work = open(r->work_path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    return r->work < 0 ? bn_error_set(err, errno, "directory", "cannot open %s: %m", r->work_path) : 0;
+}
+
+static void remove_work(struct restore *r, bool keep_log)
+{
+    if (!r->work_path[0])
+        return;
+    static const char *const left[] = {"stats-restore", LOG_FILE};
+    for (size_t i = 0; i < BN_ARRAY_SIZE(left) && !(keep_log && i == 1); i++)
+        unlinkat(r->work, left[i], 0);
+    rmdir(r->work_path); /* fails, as it should, while something is left in it */
+}
+
+static const char *stdio_name(const struct restore *r, int fd)
+{
+    if (r->have_record)
+        return r->record.stdio[fd];
+    return r->manifest ? r->manifest->stdio[fd] : "";
+}
+
+/* Our own descriptors 0-2 take the place of the pipes that the program had there. The copies must not be O_CLOEXEC: CRIU
+ * inherits them by their numbers. */
+static int hand_over_stdio(const struct restore *r, struct bn_error *err)
+{
+    for (int fd = 0; fd < 3; fd++) {
+        const char *name = stdio_name(r, fd);
+        bool same = false;
+        for (int i = 0; i < fd; i++)
+            same = same || strcmp(stdio_name(r, i), name) == 0;
+        if (strncmp(name, "pipe:[", 6) != 0 || same)
+            continue;
+        int copy = fcntl(fd, F_DUPFD, 64);
+        if (copy < 0)
+            copy = open("/dev/null", fd == 0 ? O_RDONLY : O_WRONLY);
+        if (copy < 0 || criu_add_inherit_fd(copy, name) < 0)
+            return bn_error_set(err, ENOMEM, "criu", "cannot hand descriptor %d over to CRIU", fd);
+    }
+    return 0;
+}
+
+static void describe_failure(struct restore *r, int result, const struct bn_error *session,
+                             struct bn_error *err)
+{
+    char cause[240];
+    if (bn_error_is_set(session)) {
+        bn_error_set(err, session->code, session->stage, "%s", session->text);
+    } else {
+        cli_criu_log_cause(r->work, LOG_FILE, cause, sizeof(cause));
+        if (*cause)
+            bn_error_set(err, EIO, "criu", "CRIU cannot restore %s: %s", r->path, cause);
+        else
+            bn_error_set(err, EIO, "criu", "CRIU (%s) failed and did not say why (error %d)", r->criu.path,
+                         result);
+    }
+    size_t used = strlen(err->text);
+    if (faccessat(r->work, LOG_FILE, F_OK, 0) == 0)
+        snprintf(err->text + used, sizeof(err->text) - used, " (CRIU's log: %s/%s)", r->work_path, LOG_FILE);
+}
+
+static int write_pidfile(pid_t pid, struct bn_error *err)
+{
+    char text[16];
+    if (!pidfile)
+        return 0;
+    int n = snprintf(text, sizeof(text), "%d\n", pid);
+    bn_auto_fd fd = open(pidfile, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    int r = fd < 0 ? -errno : bn_write_full(fd, text, (size_t)n);
+    return r < 0 ? bn_error_set(err, r, "pidfile",
+                                "the program runs again as process %d, but %s cannot be written: %s", pid,
+                                pidfile, strerror(-r))
+                 : 0;
+}
+
+/* Returns the restored root's pid, or negative with *err set. */
+static pid_t bring_back(struct restore *r, int *sock, struct bn_error *err)
+{
+    struct cli_watch *watch = NULL;
+    struct bn_error session = BN_ERROR_INIT;
+    if (make_work(r, err) < 0 || cli_criu_setup(&r->criu, r->dir, r->work, LOG_FILE, err) < 0 ||
+        hand_over_stdio(r, err) < 0)
+        return -EIO;
+    cli_ignore_signals(true);
+    struct cli_progress *progress = cli_progress_new("restore");
+    if (*sock >= 0 && cli_watch_start(BN_TAKE_FD(*sock), 0, r->dir, progress, &watch, err) < 0) {
+        cli_progress_free(progress);
+        return -EIO;
+    }
+    uint64_t began = bn_now_ns();
+    int pid = detach ? criu_restore() : criu_restore_child();
+    uint64_t criu_took = bn_now_ns() - began;
+    int watched = cli_watch_finish(watch, pid > 0 && r->manifest, &r->phases, &session);
+    r->took = bn_now_ns() - began;
+    cli_progress_free(progress);
+    criu_free_opts();
+    cli_add_phase(&r->phases, "CRIU, all of it", 0, criu_took);
+    if (pid > 0 && watched == 0)
+        return pid;
+    describe_failure(r, pid, watched < 0 ? &session : NULL, err);
+    if (pid > 0) {
+        /* Without its GPU memory it must not go on; the plugin ends the others of the tree. */
+        kill(pid, SIGKILL);
+        if (!detach)
+            waitpid(pid, NULL, 0);
+    }
+    return -err->code;
+}
+
+/* A program that led its own process group when it was saved does so again; to read from our terminal it must be in its
+ * foreground. */
+static void give_terminal(pid_t group)
+{
+    if (!isatty(STDIN_FILENO) || group == getpgrp() || tcgetpgrp(STDIN_FILENO) != getpgrp())
+        return;
+    sighandler_t before = signal(SIGTTOU, SIG_IGN);
+    tcsetpgrp(STDIN_FILENO, group);
+    signal(SIGTTOU, before);
+}
+
+static void take_terminal_back(void)
+{
+    if (!isatty(STDIN_FILENO))
+        return;
+    sighandler_t before = signal(SIGTTOU, SIG_IGN);
+    tcsetpgrp(STDIN_FILENO, getpgrp());
+    signal(SIGTTOU, before);
+}
+
+/* Stand in for the program: pass signals on, end as it ends. */
+static int wait_for_program(pid_t pid)
+{
+    static const int passed[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGCONT, SIGWINCH};
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGCHLD);
+    for (size_t i = 0; i < BN_ARRAY_SIZE(passed); i++)
+        sigaddset(&set, passed[i]);
+    sigprocmask(SIG_BLOCK, &set, NULL);
+    cli_ignore_signals(false);
+    pid_t group = getpgid(pid);
+    give_terminal(group);
+    int status = 0;
+    for (;;) {
+        pid_t ended = waitpid(pid, &status, WNOHANG);
+        if (ended == pid)
+            break;
+        if (ended < 0 && errno != EINTR)
+            return CLI_FAILED;
+        siginfo_t info;
+        int sig = sigwaitinfo(&set, &info);
+        /* What the terminal sends, it sends to the whole group: not a second time. */
+        if (sig > 0 && sig != SIGCHLD && !(info.si_code == SI_KERNEL && group == getpgrp()))
+            kill(pid, sig);
+    }
+    take_terminal_back();
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+/* With the program's output on our standard output, what we say goes to standard error. */
+static void report(const struct restore *r, pid_t pid)
+{
+    if (json) {
+        json_t *o = cli_json_ok();
+        json_object_set_new(o, "pid", json_integer(pid));
+        json_object_set_new(o, "directory", json_string(r->path));
+        json_object_set_new(o, "detached", json_boolean(detach));
+        json_object_set_new(o, "gpu_bytes",
+                            json_integer(r->manifest ? (json_int_t)bn_manifest_bytes(r->manifest) : 0));
+        json_object_set_new(o, "duration_s", json_real((double)r->took / 1e9));
+        json_object_set_new(o, "phases", cli_json_phases(&r->phases));
+        cli_print_json(o);
+    } else if (!quiet) {
+        cli_print_phases(stderr, &r->phases, r->took);
+        if (detach)
+            printf("%d\n", pid);
+    }
+    fflush(stdout);
+}
+
+/* Returns an exit code. */
+static int prepare(struct restore *r, int *sock, struct bn_error *err)
+{
+    if (open_image(r, err) < 0)
+        return err->code == ENOTDIR ? CLI_BAD_IMAGE : CLI_FAILED;
+    if (cli_need_root(err) < 0)
+        return CLI_FAILED;
+    if (check_image(r, err) < 0)
+        return err->code == EBADMSG || err->code == EPROTONOSUPPORT ? CLI_BAD_IMAGE : CLI_FAILED;
+    if (check_criu(r, err) < 0 || check_pids_free(r, err) < 0)
+        return CLI_FAILED;
+    *sock = cli_daemon_connect(err);
+    if (*sock < 0 && r->have_record && !r->record.gpu)
+        *err = BN_ERROR_INIT; /* nothing in it for the daemon to do */
+    return *sock < 0 && bn_error_is_set(err) ? CLI_NO_DAEMON : CLI_OK;
+}
+
+static int restore(int argc, char **argv)
+{
+    struct bn_error err = BN_ERROR_INIT;
+    struct restore r = {.path = argv[0], .dir = -1, .work = -1};
+    bn_auto_fd sock = -1;
+    pid_t pid = -1;
+    int code = prepare(&r, &sock, &err);
+    if (code == CLI_OK) {
+        pid = bring_back(&r, &sock, &err);
+        code = pid > 0 ? CLI_OK : cli_daemon_exit_code(&err);
+        remove_work(&r, pid <= 0);
+    }
+    if (pid > 0) {
+        report(&r, pid);
+        if (write_pidfile(pid, &err) < 0)
+            code = CLI_FAILED;
+    }
+    if (bn_error_is_set(&err))
+        cli_fail(code, &err, json);
+    bn_manifest_free(r.manifest);
+    cli_record_free(&r.record);
+    bn_close(r.dir);
+    bn_close(r.work);
+    return pid > 0 && !detach ? wait_for_program(pid) : code;
+}
+
+const struct cli_command cli_restore = {
+    .name = "restore",
+    .operands = "DIR",
+    .summary = "Bring a saved process and its children back, GPU memory included",
+    .options = options,
+    .min = 1,
+    .max = 1,
+    .needed = "one operand is needed: DIR",
+    .run = restore,
+};

@@ -1,0 +1,29 @@
+/* bennu resume: give a suspended tree its GPU memory back. */
+#include "cli/cli.h"
+
+static bool json, quiet;
+
+static const struct cli_option options[] = {
+    {"json", 'j', CLI_FLAG, NULL, &json, "print the result as one JSON object"},
+    {"quiet", 'q', CLI_FLAG, NULL, &quiet, "print nothing but errors"},
+    {0},
+};
+
+static int resume(int argc, char **argv)
+{
+    pid_t pid;
+    if (cli_parse_pid(argv[0], &pid) < 0)
+        return cli_usage("'%s' is not a process id", argv[0]);
+    return cli_suspend_or_resume(BN_CTL_RESUME, pid, json, quiet);
+}
+
+const struct cli_command cli_resume = {
+    .name = "resume",
+    .operands = "PID",
+    .summary = "Give a suspended process and its children their GPU memory back",
+    .options = options,
+    .min = 1,
+    .max = 1,
+    .needed = "one operand is needed: PID",
+    .run = resume,
+};

@@ -1,0 +1,78 @@
+/* bennu suspend: GPU memory of a running tree to the host, the GPU freed; the processes stay. */
+#include "cli/cli.h"
+
+#include "base/cleanup.h"
+#include "base/io.h"
+
+static bool json, quiet;
+
+static const struct cli_option options[] = {
+    {"json", 'j', CLI_FLAG, NULL, &json, "print the result as one JSON object"},
+    {"quiet", 'q', CLI_FLAG, NULL, &quiet, "print nothing but errors"},
+    {0},
+};
+
+/* Both are one request that is answered with a table of phases. */
+int cli_suspend_or_resume(uint16_t type, pid_t pid, bool as_json, bool silent)
+{
+    struct bn_error err = BN_ERROR_INIT;
+    struct bn_reader reply;
+    struct bn_phases phases;
+    bn_auto_writer body = {0};
+    bn_auto_free void *buf = malloc(BN_CTL_MSG_MAX);
+    bn_auto_fd sock = -1;
+    if (!buf)
+        return CLI_FAILED;
+    if (cli_check_process(pid, false, &err) < 0)
+        return cli_fail(CLI_FAILED, &err, as_json);
+    sock = cli_daemon_connect(&err);
+    if (sock < 0)
+        return cli_fail(CLI_NO_DAEMON, &err, as_json);
+    bn_write_u32(&body, (uint32_t)pid);
+    if (type == BN_CTL_SUSPEND) {
+        bn_write_u32(&body, BN_TIER_HOST);
+        bn_write_u32(&body, BN_CTL_F_PROGRESS);
+    }
+    uint64_t began = bn_now_ns();
+    struct cli_progress *progress = cli_progress_new(type == BN_CTL_SUSPEND ? "suspend" : "resume");
+    int r = bn_ctl_call(sock, type, &body, NULL, 0, cli_progress_event, progress, buf, &reply, &err);
+    uint64_t took = bn_now_ns() - began;
+    cli_progress_free(progress);
+    if (r < 0)
+        return cli_fail(cli_daemon_exit_code(&err), &err, as_json);
+    bn_read_phases(&reply, &phases);
+    if (reply.failed) {
+        bn_error_set(&err, EBADMSG, "daemon",
+                     "bennud's answer makes no sense: are command and daemon of one version?");
+        return cli_fail(CLI_FAILED, &err, as_json);
+    }
+    if (as_json) {
+        json_t *o = cli_json_ok();
+        json_object_set_new(o, "pid", json_integer(pid));
+        json_object_set_new(o, "duration_s", json_real((double)took / 1e9));
+        json_object_set_new(o, "phases", cli_json_phases(&phases));
+        cli_print_json(o);
+    } else if (!silent) {
+        cli_print_phases(stdout, &phases, took);
+    }
+    return CLI_OK;
+}
+
+static int suspend(int argc, char **argv)
+{
+    pid_t pid;
+    if (cli_parse_pid(argv[0], &pid) < 0)
+        return cli_usage("'%s' is not a process id", argv[0]);
+    return cli_suspend_or_resume(BN_CTL_SUSPEND, pid, json, quiet);
+}
+
+const struct cli_command cli_suspend = {
+    .name = "suspend",
+    .operands = "PID",
+    .summary = "Move the GPU memory of a process and its children to the host and free the GPU",
+    .options = options,
+    .min = 1,
+    .max = 1,
+    .needed = "one operand is needed: PID",
+    .run = suspend,
+};

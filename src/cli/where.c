@@ -1,0 +1,61 @@
+#include "cli/cli.h"
+
+#include "base/cleanup.h"
+#include "config.h"
+
+#include <string.h>
+
+/* This program is ROOT/src/cli/bennu in a build folder. The folder may have been moved since it was configured, so its place
+ * is told from the program's own, and the file that ninja keeps there tells it from any other folder of that name. */
+static char *find_build_root(void)
+{
+    static const char tail[] = "/src/cli/bennu";
+    static char exe[PATH_MAX];
+    ssize_t len = readlink("/proc/self/exe", exe, sizeof(exe) - 1);
+    if (len <= (ssize_t)strlen(tail))
+        return NULL;
+    exe[len] = 0;
+    char *end = exe + len - strlen(tail);
+    if (strcmp(end, tail) != 0)
+        return NULL;
+    *end = 0;
+    return exe;
+}
+
+const char *cli_build_root(void)
+{
+    static bool looked;
+    static const char *root;
+    if (!looked)
+        root = find_build_root();
+    looked = true;
+    return root;
+}
+
+static void resolve(const char *variable, const char *in_build, const char *installed, char *out)
+{
+    const char *given = getenv(variable);
+    const char *root = cli_build_root();
+    if (given && *given)
+        snprintf(out, PATH_MAX, "%s", given);
+    else if (root)
+        snprintf(out, PATH_MAX, "%s/%s", root, in_build);
+    else
+        snprintf(out, PATH_MAX, "%s", installed);
+}
+
+void cli_agent_path(char *out)
+{
+    resolve("BENNU_AGENT", "src/agent/libbennu.so", BENNU_AGENT_PATH, out);
+}
+
+void cli_plugin_dir(char *out)
+{
+    resolve("BENNU_PLUGIN_DIR", "src/criu", BENNU_PLUGIN_DIR, out);
+}
+
+const char *cli_rundir(void)
+{
+    const char *given = getenv("BENNU_RUNDIR");
+    return given && *given ? given : BENNU_RUNDIR;
+}
