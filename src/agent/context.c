@@ -1,0 +1,272 @@
+/* Contexts: which there are (the gate waits for each), what dies with them, and peer access, which the driver does not extend
+ * to VMM memory by itself. */
+#include "agent/agent.h"
+#include "agent/gate.h"
+#include "agent/idle.h"
+#include "agent/track.h"
+
+static void created(CUresult r, CUcontext *ctx, CUdevice dev, enum bn_ctx_kind kind, CUgreenCtx green)
+{
+    if (r != CUDA_SUCCESS || !ctx || !*ctx)
+        return;
+    BN_LOCKED();
+    bn_ctx_add_locked(*ctx, dev, kind, green);
+}
+
+static void gone(CUresult r, CUcontext ctx, bool forget)
+{
+    if (r != CUDA_SUCCESS || !ctx)
+        return;
+    BN_LOCKED();
+    bn_ctx_gone_locked(ctx, forget);
+}
+
+CUresult bn_wrap_cuCtxCreate(CUcontext *pctx, unsigned int flags, CUdevice dev)
+{
+    BN_GATED();
+    CUresult r = bn_real.cuCtxCreate(pctx, flags, dev);
+    created(r, pctx, dev, BN_CTX_OWN, NULL);
+    return r;
+}
+
+CUresult bn_wrap_cuCtxCreate_v2(CUcontext *pctx, unsigned int flags, CUdevice dev)
+{
+    BN_GATED();
+    CUresult r = bn_real.cuCtxCreate_v2(pctx, flags, dev);
+    created(r, pctx, dev, BN_CTX_OWN, NULL);
+    return r;
+}
+
+CUresult bn_wrap_cuCtxCreate_v3(CUcontext *pctx, CUexecAffinityParam *paramsArray, int numParams,
+                                unsigned int flags, CUdevice dev)
+{
+    BN_GATED();
+    CUresult r = bn_real.cuCtxCreate_v3(pctx, paramsArray, numParams, flags, dev);
+    created(r, pctx, dev, BN_CTX_OWN, NULL);
+    return r;
+}
+
+CUresult bn_wrap_cuCtxCreate_v4(CUcontext *pctx, CUctxCreateParams *ctxCreateParams, unsigned int flags,
+                                CUdevice dev)
+{
+    BN_GATED();
+    CUresult r = bn_real.cuCtxCreate_v4(pctx, ctxCreateParams, flags, dev);
+    created(r, pctx, dev, BN_CTX_OWN, NULL);
+    return r;
+}
+
+CUresult bn_wrap_cuCtxDestroy(CUcontext ctx)
+{
+    BN_GATED();
+    CUresult r = bn_real.cuCtxDestroy(ctx);
+    gone(r, ctx, true);
+    return r;
+}
+
+CUresult bn_wrap_cuCtxDestroy_v2(CUcontext ctx)
+{
+    BN_GATED();
+    CUresult r = bn_real.cuCtxDestroy_v2(ctx);
+    gone(r, ctx, true);
+    return r;
+}
+
+/* ---- primary contexts ------------------------------------------------------------------------------ */
+
+static bool primary_active(CUdevice dev)
+{
+    unsigned flags;
+    int active = 0;
+    return bn_real.cuDevicePrimaryCtxGetState &&
+           bn_real.cuDevicePrimaryCtxGetState(dev, &flags, &active) == CUDA_SUCCESS && active;
+}
+
+/* The device's primary context if it is active, however it was retained. */
+CUcontext bn_ctx_primary(CUdevice dev)
+{
+    CUcontext ctx = NULL;
+    if (!primary_active(dev) || !bn_real.cuDevicePrimaryCtxRetain ||
+        bn_real.cuDevicePrimaryCtxRetain(&ctx, dev) != CUDA_SUCCESS)
+        return NULL;
+    if (bn_real.cuDevicePrimaryCtxRelease_v2)
+        bn_real.cuDevicePrimaryCtxRelease_v2(dev);
+    else if (bn_real.cuDevicePrimaryCtxRelease)
+        bn_real.cuDevicePrimaryCtxRelease(dev);
+    return ctx;
+}
+
+CUresult bn_wrap_cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev)
+{
+    BN_GATED();
+    CUresult r = bn_real.cuDevicePrimaryCtxRetain(pctx, dev);
+    created(r, pctx, dev, BN_CTX_PRIMARY, NULL);
+    return r;
+}
+
+CUresult bn_wrap_cuDevicePrimaryCtxRelease(CUdevice dev)
+{
+    BN_GATED();
+    CUcontext ctx = bn_ctx_primary(dev);
+    CUresult r = bn_real.cuDevicePrimaryCtxRelease(dev);
+    if (!primary_active(dev))
+        gone(r, ctx, true);
+    return r;
+}
+
+CUresult bn_wrap_cuDevicePrimaryCtxRelease_v2(CUdevice dev)
+{
+    BN_GATED();
+    CUcontext ctx = bn_ctx_primary(dev);
+    CUresult r = bn_real.cuDevicePrimaryCtxRelease_v2(dev);
+    if (!primary_active(dev))
+        gone(r, ctx, true);
+    return r;
+}
+
+CUresult bn_wrap_cuDevicePrimaryCtxReset(CUdevice dev)
+{
+    BN_GATED();
+    CUcontext ctx = bn_ctx_primary(dev);
+    CUresult r = bn_real.cuDevicePrimaryCtxReset(dev);
+    gone(r, ctx, true);
+    return r;
+}
+
+CUresult bn_wrap_cuDevicePrimaryCtxReset_v2(CUdevice dev)
+{
+    BN_GATED();
+    CUcontext ctx = bn_ctx_primary(dev);
+    CUresult r = bn_real.cuDevicePrimaryCtxReset_v2(dev);
+    gone(r, ctx, true);
+    return r;
+}
+
+/* ---- green contexts -------------------------------------------------------------------------------- */
+
+CUresult bn_wrap_cuGreenCtxCreate(CUgreenCtx *phCtx, CUdevResourceDesc desc, CUdevice dev, unsigned int flags)
+{
+    BN_GATED();
+    CUresult r = bn_real.cuGreenCtxCreate(phCtx, desc, dev, flags);
+    CUcontext ctx = NULL;
+    if (r == CUDA_SUCCESS && phCtx && bn_real.cuCtxFromGreenCtx &&
+        bn_real.cuCtxFromGreenCtx(&ctx, *phCtx) == CUDA_SUCCESS)
+        created(r, &ctx, dev, BN_CTX_GREEN, *phCtx);
+    return r;
+}
+
+CUresult bn_wrap_cuGreenCtxDestroy(CUgreenCtx hCtx)
+{
+    BN_GATED();
+    CUresult r = bn_real.cuGreenCtxDestroy(hCtx);
+    if (r != CUDA_SUCCESS)
+        return r;
+    BN_LOCKED();
+    for (struct bn_ctx *c = bn_track.ctxs; c; c = c->next)
+        if (c->green == hCtx) {
+            bn_ctx_gone_locked(c->ctx, true);
+            break;
+        }
+    return r;
+}
+
+CUresult bn_wrap_cuCtxFromGreenCtx(CUcontext *pContext, CUgreenCtx hCtx)
+{
+    BN_GATED();
+    CUresult r = bn_real.cuCtxFromGreenCtx(pContext, hCtx);
+    created(r, pContext, 0, BN_CTX_GREEN, hCtx);
+    return r;
+}
+
+/* ---- peer access ----------------------------------------------------------------------------------- */
+
+static bool other_peer_of_device_locked(const struct bn_peer *except, CUcontext to, CUdevice dev)
+{
+    for (struct bn_peer *p = bn_track.peers; p; p = p->next)
+        if (p != except && p->to == to && p->from_dev == dev)
+            return true;
+    return false;
+}
+
+/* Give device `dev` access, or take it, to every converted allocation of context `to`. On error all is as it was. */
+static CUresult mirror_locked(CUcontext to, CUdevice dev, bool on)
+{
+    CUmemAccessDesc desc = {{CU_MEM_LOCATION_TYPE_DEVICE, dev},
+                            on ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE : CU_MEM_ACCESS_FLAGS_PROT_NONE};
+    uint64_t bit = 1ULL << dev, failed_at = 0;
+    CUresult r = CUDA_SUCCESS;
+    BN_TREE_EACH(&bn_track.allocs, n)
+    {
+        struct bn_alloc *a = BN_CONTAINER(n, struct bn_alloc, by_va);
+        if (!a->seg || a->ctx != to || a->dev == dev)
+            continue;
+        r = bn_real.cuMemSetAccess(n->key, a->seg->size, &desc, 1);
+        if (r != CUDA_SUCCESS) {
+            failed_at = n->key;
+            break;
+        }
+        if (on)
+            a->seg->maps->rw |= bit;
+        else
+            a->seg->maps->rw &= ~bit;
+    }
+    if (r == CUDA_SUCCESS || !on)
+        return r;
+    desc.flags = CU_MEM_ACCESS_FLAGS_PROT_NONE;
+    BN_TREE_EACH(&bn_track.allocs, n)
+    {
+        struct bn_alloc *a = BN_CONTAINER(n, struct bn_alloc, by_va);
+        if (n->key >= failed_at)
+            break;
+        if (!a->seg || a->ctx != to || a->dev == dev)
+            continue;
+        bn_real.cuMemSetAccess(n->key, a->seg->size, &desc, 1);
+        a->seg->maps->rw &= ~bit;
+    }
+    return r;
+}
+
+CUresult bn_wrap_cuCtxEnablePeerAccess(CUcontext peerContext, unsigned int Flags)
+{
+    BN_GATED();
+    CUcontext from = NULL;
+    CUdevice dev;
+    CUresult r = bn_real.cuCtxEnablePeerAccess(peerContext, Flags);
+    if (r != CUDA_SUCCESS || !bn_agent_converting() || bn_real.cuCtxGetCurrent(&from) != CUDA_SUCCESS ||
+        bn_real.cuCtxGetDevice(&dev) != CUDA_SUCCESS || dev < 0 || dev >= (int)BN_GPUS_MAX)
+        return r;
+    {
+        BN_LOCKED();
+        struct bn_peer *p = bn_pool_get(&bn_track.peer_pool);
+        r = p ? mirror_locked(peerContext, dev, true) : CUDA_ERROR_OUT_OF_MEMORY;
+        if (r == CUDA_SUCCESS) {
+            *p = (struct bn_peer){bn_track.peers, from, peerContext, dev};
+            bn_track.peers = p;
+            return CUDA_SUCCESS;
+        }
+        bn_pool_put(&bn_track.peer_pool, p);
+    }
+    if (bn_real.cuCtxDisablePeerAccess)
+        bn_real.cuCtxDisablePeerAccess(peerContext);
+    return r;
+}
+
+CUresult bn_wrap_cuCtxDisablePeerAccess(CUcontext peerContext)
+{
+    BN_GATED();
+    CUcontext from = NULL;
+    CUresult r = bn_real.cuCtxDisablePeerAccess(peerContext);
+    if (r != CUDA_SUCCESS || bn_real.cuCtxGetCurrent(&from) != CUDA_SUCCESS)
+        return r;
+    BN_LOCKED();
+    for (struct bn_peer **at = &bn_track.peers; *at; at = &(*at)->next) {
+        struct bn_peer *p = *at;
+        if (p->from != from || p->to != peerContext)
+            continue;
+        if (!other_peer_of_device_locked(p, p->to, p->from_dev))
+            mirror_locked(p->to, p->from_dev, false);
+        *at = p->next;
+        bn_pool_put(&bn_track.peer_pool, p);
+        break;
+    }
+    return r;
+}

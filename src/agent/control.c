@@ -1,0 +1,65 @@
+#include "agent/control.h"
+
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+static void close_all(const int *fds, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++)
+        close(fds[i]);
+}
+
+/* NULL, or what is wrong with the packet. */
+static const char *check(const struct bn_agent_msg *head, size_t len, unsigned nfds)
+{
+    if (head->count > BN_AGENT_BATCH)
+        return "too many records";
+    if (len != sizeof(*head) + head->count * sizeof(struct bn_agent_segment))
+        return "its size does not fit its count";
+    if (nfds != (head->type == BN_AGENT_IMPORT ? head->count : 0))
+        return "its descriptors do not fit its count (the process may have too many open)";
+    return NULL;
+}
+
+static void dispatch(const struct bn_agent_msg *head, const struct bn_agent_segment *segs, const int *fds,
+                     struct bn_answer *a)
+{
+    switch (head->type) {
+    case BN_AGENT_HELLO: break;
+    case BN_AGENT_CLOSE: bn_evict_close(head->arg, a); break;
+    case BN_AGENT_OPEN: bn_evict_open(a); break;
+    case BN_AGENT_LIST: bn_evict_list(head->arg, a); break;
+    case BN_AGENT_EXPORT: bn_evict_export(head->arg, a); break;
+    case BN_AGENT_EVICT: bn_evict_evict(a); break;
+    case BN_AGENT_IMPORT: bn_evict_import(segs, head->count, fds, a); break;
+    default:
+        bn_answer_fail(a, EOPNOTSUPP, 0, "this agent (%s) does not know request %u",
+                       bn_agent_page()->agent_version, head->type);
+    }
+}
+
+bool bn_control_handle(const void *packet, size_t len, const int *fds, unsigned nfds,
+                       struct bn_answer *answer)
+{
+    struct bn_agent_msg head;
+    struct bn_agent_segment segs[BN_AGENT_BATCH];
+    memset(answer, 0, sizeof(*answer));
+    if (len >= sizeof(head))
+        memcpy(&head, packet, sizeof(head));
+    if (len < sizeof(head) || head.magic != BN_AGENT_MAGIC || head.reply) {
+        close_all(fds, nfds);
+        return false;
+    }
+    answer->head =
+        (struct bn_agent_msg){.magic = BN_AGENT_MAGIC, .type = head.type, .reply = 1, .id = head.id};
+    const char *wrong = check(&head, len, nfds);
+    if (wrong) {
+        close_all(fds, nfds);
+        bn_answer_fail(answer, EBADMSG, 0, "malformed request: %s", wrong);
+        return true;
+    }
+    memcpy(segs, (const char *)packet + sizeof(head), head.count * sizeof(segs[0]));
+    dispatch(&head, segs, fds, answer);
+    return true;
+}

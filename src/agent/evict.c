@@ -1,0 +1,421 @@
+/* Taking the process's GPU memory away and giving it back. All of it in the agent's thread; from CLOSE to OPEN no thread of the
+ * application is inside the driver, so the tables stand still. */
+#include "agent/agent.h"
+#include "agent/capture.h"
+#include "agent/gate.h"
+#include "agent/idle.h"
+#include "agent/track.h"
+
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define TIMEOUT_MAX_MS 3600000u
+
+static enum bn_agent_state state = BN_AGENT_ACTIVE;
+static struct bn_seg **order; /* from CLOSE to OPEN: the evictable segments, by id */
+static size_t order_count, order_bytes, missing;
+
+static void set_state(enum bn_agent_state s)
+{
+    state = s;
+    bn_store_rel(&bn_agent_page()->state, (uint32_t)s);
+}
+
+int bn_answer_fail(struct bn_answer *a, int error, CUresult cuda, const char *fmt, ...)
+{
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(a->head.text, sizeof(a->head.text), fmt, args);
+    va_end(args);
+    a->head.error = error;
+    a->head.cuda_error = (uint32_t)cuda;
+    a->head.count = 0;
+    return -error;
+}
+
+static const char *cuda_text(CUresult r)
+{
+    const char *text = NULL;
+    if (!bn_real.cuGetErrorName || bn_real.cuGetErrorName(r, &text) != CUDA_SUCCESS || !text)
+        return "unknown CUDA error";
+    return text;
+}
+
+/* ---- closing and opening --------------------------------------------------------------------------- */
+
+static void drop_order(void)
+{
+    if (order)
+        munmap(order, order_bytes);
+    order = NULL;
+    order_count = order_bytes = missing = 0;
+}
+
+static int make_order(struct bn_answer *a)
+{
+    BN_LOCKED();
+    drop_order();
+    order_bytes = (bn_track.segs.count + 1) * sizeof(*order);
+    void *mem = mmap(NULL, order_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mem == MAP_FAILED)
+        return bn_answer_fail(a, ENOMEM, 0, "the process has no memory left for a list of its GPU memory");
+    order = mem;
+    BN_TREE_EACH(&bn_track.segs, n)
+    {
+        struct bn_seg *seg = BN_CONTAINER(n, struct bn_seg, by_id);
+        if (!bn_seg_evictable(seg))
+            continue;
+        if (seg->array_maps)
+            return bn_answer_fail(a, ENOTSUP, 0, "VMM memory of the process is bound to a sparse array");
+        order[order_count++] = seg;
+    }
+    return 0;
+}
+
+static int check_blockers(struct bn_answer *a)
+{
+    const struct bn_agent_blockers *b = &bn_agent_page()->blockers;
+    uint64_t managed = bn_load(&b->managed_bytes), host = bn_load(&b->host_vmm_bytes);
+    uint64_t imported = bn_load(&b->imported_handles), multicast = bn_load(&b->multicast_handles);
+    if (managed)
+        return bn_answer_fail(a, ENOTSUP, 0,
+                              "it has %llu bytes of managed memory (cuMemAllocManaged), which the driver "
+                              "cannot checkpoint",
+                              (unsigned long long)managed);
+    if (host)
+        return bn_answer_fail(a, ENOTSUP, 0,
+                              "it has %llu bytes of VMM memory on the host, which the driver cannot restore",
+                              (unsigned long long)host);
+    if (imported)
+        return bn_answer_fail(
+            a, ENOTSUP, 0,
+            "it has imported GPU memory of another process (%llu handles), which the driver "
+            "cannot restore",
+            (unsigned long long)imported);
+    if (multicast)
+        return bn_answer_fail(a, ENOTSUP, 0,
+                              "it has %llu multicast objects, which the driver cannot checkpoint",
+                              (unsigned long long)multicast);
+    return 0;
+}
+
+static void thread_name(pid_t tid, char *out, size_t cap)
+{
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/self/task/%d/comm", (int)tid);
+    snprintf(out, cap, "?");
+    FILE *f = fopen(path, "re");
+    if (!f)
+        return;
+    if (fgets(out, (int)cap, f))
+        out[strcspn(out, "\n")] = 0;
+    fclose(f);
+}
+
+/* With the gate closed: everything that must hold before memory can be touched. */
+static int check_closed(uint64_t deadline, uint64_t timeout_ms, struct bn_answer *a)
+{
+    int r = check_blockers(a);
+    if (r < 0)
+        return r;
+    unsigned captures = bn_capture_recount();
+    if (captures)
+        return bn_answer_fail(a, EAGAIN, 0,
+                              "%u stream captures are under way: try again when they have ended", captures);
+    CUresult cuda = CUDA_SUCCESS;
+    r = bn_idle_wait(deadline, &cuda);
+    if (r == -EBUSY)
+        return bn_answer_fail(a, EBUSY, 0,
+                              "work on the GPU did not end within %llu ms (a kernel that waits for another "
+                              "process?)",
+                              (unsigned long long)timeout_ms);
+    if (r == -EIO)
+        return bn_answer_fail(a, EIO, cuda, "a CUDA context of it is broken: %s", cuda_text(cuda));
+    if (r < 0)
+        return bn_answer_fail(a, -r, 0, "the process can have no more threads");
+    {
+        BN_LOCKED();
+        bn_free_later_locked();
+    }
+    return make_order(a);
+}
+
+int bn_evict_close(uint64_t timeout_ms, struct bn_answer *a)
+{
+    if (state == BN_AGENT_CLOSED)
+        return 0;
+    if (state == BN_AGENT_EVICTED)
+        return bn_answer_fail(a, EINVAL, 0, "its GPU memory is evicted: import it first");
+    if (timeout_ms > TIMEOUT_MAX_MS)
+        timeout_ms = TIMEOUT_MAX_MS;
+    int r = check_blockers(a); /* before anybody has to wait */
+    if (r < 0)
+        return r;
+    uint64_t deadline = bn_clock_ns() + timeout_ms * 1000000u;
+    pid_t holder = 0;
+    r = bn_gate_close(deadline, &holder);
+    if (r == -EBUSY) {
+        char name[32];
+        thread_name(holder, name, sizeof(name));
+        return bn_answer_fail(a, EBUSY, 0, "a CUDA call of its thread %d (%s) did not end within %llu ms",
+                              holder, name, (unsigned long long)timeout_ms);
+    }
+    if (r < 0)
+        return bn_answer_fail(a, -r, 0,
+                              "the process had no memory for one of its threads: its gate cannot close");
+    r = check_closed(deadline, timeout_ms, a);
+    if (r < 0) {
+        drop_order();
+        bn_gate_open();
+        return r;
+    }
+    set_state(BN_AGENT_CLOSED);
+    return 0;
+}
+
+static bool in_place(const struct bn_seg *seg)
+{
+    if (!seg->present)
+        return false;
+    for (const struct bn_map *m = seg->maps; m; m = m->next)
+        if (!m->mapped)
+            return false;
+    return true;
+}
+
+int bn_evict_open(struct bn_answer *a)
+{
+    if (state != BN_AGENT_CLOSED && !(state == BN_AGENT_EVICTED && missing == 0))
+        return bn_answer_fail(
+            a, EINVAL, 0,
+            state == BN_AGENT_EVICTED ? "%zu segments are not back yet" : "its gate is not closed", missing);
+    for (size_t i = 0; i < order_count; i++)
+        if (!in_place(order[i]))
+            return bn_answer_fail(a, EINVAL, 0, "segment %llu is not in place",
+                                  (unsigned long long)order[i]->by_id.key);
+    drop_order();
+    set_state(BN_AGENT_ACTIVE);
+    bn_gate_open();
+    return 0;
+}
+
+/* ---- listing and handing over ---------------------------------------------------------------------- */
+
+static void describe(const struct bn_seg *seg, struct bn_agent_segment *out)
+{
+    *out = (struct bn_agent_segment){.id = seg->by_id.key, .size = seg->size, .flags = seg->flags};
+    for (const struct bn_map *m = seg->maps; m; m = m->next)
+        if (out->va == 0 || m->by_va.key < out->va)
+            out->va = m->by_va.key;
+    memcpy(out->uuid, bn_track.devices[seg->dev].uuid, sizeof(out->uuid));
+}
+
+int bn_evict_list(uint64_t at, struct bn_answer *a)
+{
+    if (state != BN_AGENT_CLOSED && state != BN_AGENT_EVICTED)
+        return bn_answer_fail(a, EINVAL, 0, "its gate is not closed");
+    a->head.arg = order_count;
+    for (; at < order_count && a->head.count < BN_AGENT_BATCH; at++)
+        describe(order[at], &a->segs[a->head.count++]);
+    return 0;
+}
+
+static CUresult export_one(const struct bn_seg *seg, int *fd)
+{
+    *fd = -1;
+    if (seg->kept.fd) {
+        if (!bn_kept_valid(&seg->kept))
+            return CUDA_ERROR_INVALID_HANDLE;
+        *fd = fcntl(seg->kept.fd, F_DUPFD_CLOEXEC, 0);
+        return *fd < 0 ? CUDA_ERROR_OPERATING_SYSTEM : CUDA_SUCCESS;
+    }
+    return bn_real.cuMemExportToShareableHandle(fd, seg->real, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+}
+
+int bn_evict_export(uint64_t at, struct bn_answer *a)
+{
+    if (state != BN_AGENT_CLOSED)
+        return bn_answer_fail(a, EINVAL, 0, "its gate is not closed with its memory in place");
+    bn_fd_limit_lift();
+    CUresult r = CUDA_SUCCESS;
+    for (; at < order_count && a->nfds < BN_AGENT_BATCH && r == CUDA_SUCCESS; at++) {
+        r = export_one(order[at], &a->fds[a->nfds]);
+        if (r == CUDA_SUCCESS)
+            describe(order[at], &a->segs[a->nfds++]);
+    }
+    bn_fd_limit_restore();
+    a->head.count = a->nfds;
+    a->head.arg = order_count;
+    if (r == CUDA_SUCCESS)
+        return 0;
+    return bn_answer_fail(a, EIO, r,
+                          r == CUDA_ERROR_INVALID_HANDLE
+                              ? "the program closed the descriptor of GPU memory segment %llu (%s)"
+                              : "segment %llu of its GPU memory cannot be exported: %s",
+                          (unsigned long long)order[at - 1]->by_id.key, cuda_text(r));
+}
+
+/* ---- taking away ----------------------------------------------------------------------------------- */
+
+static CUresult map_one(struct bn_map *m)
+{
+    CUdeviceptr va = m->by_va.key;
+    CUresult r = bn_real.cuMemMap(va, m->size, m->offset, m->seg->real, 0);
+    if (r != CUDA_SUCCESS)
+        return r;
+    r = bn_map_apply_access_locked(m);
+    if (r == CUDA_SUCCESS)
+        m->mapped = true;
+    else
+        bn_real.cuMemUnmap(va, m->size);
+    return r;
+}
+
+/* Map what is not mapped; on error the mappings that this call made are gone again. */
+static CUresult map_segment(struct bn_seg *seg)
+{
+    for (struct bn_map *m = seg->maps; m; m = m->next) {
+        if (m->mapped)
+            continue;
+        CUresult r = map_one(m);
+        if (r != CUDA_SUCCESS)
+            return r;
+    }
+    return CUDA_SUCCESS;
+}
+
+static CUresult unmap_segment(struct bn_seg *seg)
+{
+    for (struct bn_map *m = seg->maps; m; m = m->next) {
+        if (!m->mapped)
+            continue;
+        CUresult r = bn_real.cuMemUnmap(m->by_va.key, m->size);
+        if (r != CUDA_SUCCESS)
+            return r;
+        m->mapped = false;
+    }
+    return CUDA_SUCCESS;
+}
+
+int bn_evict_evict(struct bn_answer *a)
+{
+    if (state != BN_AGENT_CLOSED)
+        return bn_answer_fail(a, EINVAL, 0, "its gate is not closed with its memory in place");
+    BN_LOCKED();
+    bn_ctx_borrow();
+    CUresult r = CUDA_SUCCESS;
+    size_t i;
+    for (i = 0; i < order_count && r == CUDA_SUCCESS; i++)
+        r = unmap_segment(order[i]);
+    if (r != CUDA_SUCCESS) {
+        /* Every handle is still held: put back what was unmapped. */
+        CUresult back = CUDA_SUCCESS;
+        for (size_t k = 0; k < i; k++) {
+            CUresult one = map_segment(order[k]);
+            back = back == CUDA_SUCCESS ? one : back;
+        }
+        bn_ctx_unborrow();
+        return bn_answer_fail(a, EIO, r, "its GPU memory cannot be unmapped (%s)%s", cuda_text(r),
+                              back == CUDA_SUCCESS ? "; nothing has changed" : ", nor mapped again");
+    }
+    for (i = 0; i < order_count; i++) {
+        struct bn_seg *seg = order[i];
+        bn_real.cuMemRelease(seg->real);
+        seg->real = 0;
+        seg->present = false;
+        bn_kept_close(&seg->kept);
+    }
+    bn_ctx_unborrow();
+    missing = order_count;
+    __atomic_fetch_add(&bn_agent_page()->epoch, 1, __ATOMIC_RELAXED);
+    set_state(BN_AGENT_EVICTED);
+    return 0;
+}
+
+/* ---- giving back ----------------------------------------------------------------------------------- */
+
+static struct bn_seg *find_ordered(uint64_t id)
+{
+    size_t low = 0, high = order_count;
+    while (low < high) {
+        size_t mid = (low + high) / 2;
+        if (order[mid]->by_id.key < id)
+            low = mid + 1;
+        else
+            high = mid;
+    }
+    return low < order_count && order[low]->by_id.key == id ? order[low] : NULL;
+}
+
+/* Takes over fd. */
+static int import_one(const struct bn_agent_segment *want, int fd, struct bn_answer *a)
+{
+    struct bn_seg *seg = find_ordered(want->id);
+    unsigned long long id = want->id;
+    if (!seg || seg->size != want->size) {
+        close(fd);
+        return bn_answer_fail(a, EINVAL, 0, seg ? "segment %llu has another size" : "it has no segment %llu",
+                              id);
+    }
+    if (seg->present) {
+        close(fd);
+        return 0;
+    }
+    CUresult r = bn_real.cuMemImportFromShareableHandle(&seg->real, (void *)(intptr_t)fd,
+                                                        CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+    if (r != CUDA_SUCCESS) {
+        close(fd);
+        return bn_answer_fail(a, r == CUDA_ERROR_OUT_OF_MEMORY ? ENOMEM : EIO, r,
+                              "segment %llu of its GPU memory cannot be imported: %s", id, cuda_text(r));
+    }
+    int kept = bn_kept_take(&seg->kept, fd);
+    if (kept < 0)
+        close(fd);
+    else
+        r = map_segment(seg);
+    if (kept == 0 && r == CUDA_SUCCESS) {
+        seg->present = true;
+        missing--;
+        return 0;
+    }
+    unmap_segment(seg);
+    bn_real.cuMemRelease(seg->real);
+    seg->real = 0;
+    bn_kept_close(&seg->kept);
+    if (kept < 0)
+        return bn_answer_fail(a, -kept, 0,
+                              "it can have no more open descriptors (ulimit -n) for segment %llu", id);
+    return bn_answer_fail(a, r == CUDA_ERROR_OUT_OF_MEMORY ? ENOMEM : EIO, r,
+                          "segment %llu of its GPU memory cannot be mapped: %s", id, cuda_text(r));
+}
+
+int bn_evict_import(const struct bn_agent_segment *segs, unsigned n, const int *fds, struct bn_answer *a)
+{
+    unsigned i = 0;
+    int r = 0;
+    if (state != BN_AGENT_EVICTED && !(state == BN_AGENT_CLOSED && missing == 0)) {
+        r = bn_answer_fail(a, EINVAL, 0, "its GPU memory is not evicted");
+    } else {
+        BN_LOCKED();
+        bn_ctx_borrow();
+        bn_fd_limit_lift();
+        for (; i < n && r == 0; i++)
+            r = import_one(&segs[i], fds[i], a);
+        bn_fd_limit_restore();
+        bn_ctx_unborrow();
+    }
+    for (; i < n; i++)
+        close(fds[i]);
+    if (r == 0 && missing == 0)
+        set_state(BN_AGENT_CLOSED);
+    return r;
+}
+
+void bn_evict_after_fork(void)
+{
+    drop_order();
+    state = BN_AGENT_ACTIVE;
+}

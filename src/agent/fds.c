@@ -1,0 +1,72 @@
+/* The agent's descriptors, kept out of the application's way: at high numbers, so that select(2) and programs that count on
+ * getting the lowest number are not disturbed. */
+#include "agent/agent.h"
+#include "agent/track.h"
+
+#include <fcntl.h>
+#include <sys/resource.h>
+
+static struct rlimit before;
+static bool lifted;
+
+/* Below the soft limit with room for 512, but no higher than the kernel's table of descriptors is cheap. */
+static int base(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) < 0)
+        return 512;
+    rlim_t soft = lifted ? before.rlim_cur : limit.rlim_cur;
+    if (soft >= 2048)
+        return 1024;
+    return soft > 640 ? (int)soft - 512 : (int)soft / 2;
+}
+
+int bn_fd_high(int fd)
+{
+    int high = fcntl(fd, F_DUPFD_CLOEXEC, base());
+    if (high < 0)
+        return -errno;
+    close(fd);
+    return high;
+}
+
+int bn_kept_take(struct bn_kept *kept, int fd)
+{
+    struct stat st;
+    if (fstat(fd, &st) < 0)
+        return -errno;
+    int high = bn_fd_high(fd);
+    if (high < 0)
+        return high;
+    *kept = (struct bn_kept){high, st.st_dev, st.st_rdev, st.st_ino};
+    return 0;
+}
+
+bool bn_kept_valid(const struct bn_kept *kept)
+{
+    struct stat st;
+    return kept->fd > 0 && fstat(kept->fd, &st) == 0 && st.st_dev == kept->dev && st.st_ino == kept->ino &&
+           st.st_rdev == kept->rdev;
+}
+
+void bn_kept_close(struct bn_kept *kept)
+{
+    if (bn_kept_valid(kept))
+        close(kept->fd);
+    kept->fd = 0;
+}
+
+void bn_fd_limit_lift(void)
+{
+    if (lifted || getrlimit(RLIMIT_NOFILE, &before) < 0 || before.rlim_cur == before.rlim_max)
+        return;
+    struct rlimit all = {before.rlim_max, before.rlim_max};
+    lifted = setrlimit(RLIMIT_NOFILE, &all) == 0;
+}
+
+void bn_fd_limit_restore(void)
+{
+    if (lifted)
+        setrlimit(RLIMIT_NOFILE, &before);
+    lifted = false;
+}

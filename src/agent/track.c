@@ -1,0 +1,326 @@
+#include "agent/track.h"
+
+#include "agent/agent.h"
+
+#include <string.h>
+
+struct bn_track bn_track = {
+    .seg_pool = {.size = sizeof(struct bn_seg)},
+    .map_pool = {.size = sizeof(struct bn_map)},
+    .alloc_pool = {.size = sizeof(struct bn_alloc)},
+    .node_pool = {.size = sizeof(struct bn_node)},
+    .ctx_pool = {.size = sizeof(struct bn_ctx)},
+    .peer_pool = {.size = sizeof(struct bn_peer)},
+};
+
+static int attribute(CUdevice dev, CUdevice_attribute which)
+{
+    int value = 0;
+    if (!bn_real.cuDeviceGetAttribute || bn_real.cuDeviceGetAttribute(&value, which, dev) != CUDA_SUCCESS)
+        return 0;
+    return value;
+}
+
+static bool vmm_calls_present(void)
+{
+    return bn_real.cuMemAddressReserve && bn_real.cuMemAddressFree && bn_real.cuMemCreate &&
+           bn_real.cuMemRelease && bn_real.cuMemMap && bn_real.cuMemUnmap && bn_real.cuMemSetAccess &&
+           bn_real.cuMemExportToShareableHandle && bn_real.cuMemImportFromShareableHandle &&
+           bn_real.cuMemGetAllocationGranularity && bn_real.cuCtxGetDevice && bn_real.cuCtxGetCurrent &&
+           bn_real.cuCtxSetCurrent && bn_real.cuCtxSynchronize && bn_real.cuCtxPushCurrent_v2 &&
+           bn_real.cuCtxPopCurrent_v2;
+}
+
+static void look_at(CUdevice dev, struct bn_device *d)
+{
+    CUuuid uuid = {{0}};
+    CUresult r = bn_real.cuDeviceGetUuid_v2 ? bn_real.cuDeviceGetUuid_v2(&uuid, dev) : CUDA_ERROR_NOT_FOUND;
+    if (r != CUDA_SUCCESS && bn_real.cuDeviceGetUuid)
+        r = bn_real.cuDeviceGetUuid(&uuid, dev);
+    if (r != CUDA_SUCCESS)
+        return;
+    memcpy(d->uuid, uuid.bytes, sizeof(d->uuid));
+    d->known = true;
+    if (!vmm_calls_present() || !attribute(dev, CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED) ||
+        !attribute(dev, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED))
+        return;
+    d->rdma = attribute(dev, CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED);
+    CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
+                                .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+                                .location = {CU_MEM_LOCATION_TYPE_DEVICE, dev}};
+    prop.allocFlags.gpuDirectRDMACapable = d->rdma;
+    size_t granularity = 0;
+    r = bn_real.cuMemGetAllocationGranularity(&granularity, &prop, CU_MEM_ALLOC_GRANULARITY_MINIMUM);
+    if (r != CUDA_SUCCESS || granularity == 0 || granularity & (granularity - 1))
+        return;
+    /* The protocol's segments are multiples of 2 MiB. */
+    d->granularity = granularity < BN_CONVERT_MIN ? BN_CONVERT_MIN : granularity;
+    d->convertible = true;
+}
+
+void bn_track_devices(void)
+{
+    int count = 0;
+    if (!bn_real.cuDeviceGetCount || bn_real.cuDeviceGetCount(&count) != CUDA_SUCCESS)
+        return;
+    count = count > (int)BN_GPUS_MAX ? (int)BN_GPUS_MAX : count;
+    for (int i = 0; i < count; i++) {
+        CUdevice dev;
+        /* The agent indexes by device; the driver's devices have been their ordinals since there are any. */
+        if (bn_real.cuDeviceGet && bn_real.cuDeviceGet(&dev, i) == CUDA_SUCCESS && dev == i)
+            look_at(dev, &bn_track.devices[i]);
+    }
+    bn_track.device_count = count;
+    struct bn_agent_page *page = bn_agent_page();
+    for (int i = 0; i < count; i++)
+        memcpy(page->gpu[i].uuid, bn_track.devices[i].uuid, 16);
+    bn_store(&page->gpu_count, (uint32_t)count);
+}
+
+void bn_track_drop(void)
+{
+    struct bn_track *t = &bn_track;
+    BN_TREE_EACH(&t->segs, n)
+    bn_kept_close(&BN_CONTAINER(n, struct bn_seg, by_id)->kept);
+    bn_pool_drop(&t->seg_pool);
+    bn_pool_drop(&t->map_pool);
+    bn_pool_drop(&t->alloc_pool);
+    bn_pool_drop(&t->node_pool);
+    bn_pool_drop(&t->ctx_pool);
+    bn_pool_drop(&t->peer_pool);
+    t->lock.word = 0;
+    t->segs = t->maps = t->allocs = t->captures = t->imports = (struct bn_tree){0};
+    t->ctxs = NULL;
+    t->peers = NULL;
+    t->later = NULL;
+    t->capturing = 0;
+    t->device_count = 0;
+    memset(t->devices, 0, sizeof(t->devices));
+}
+
+/* ---- the page ------------------------------------------------------------------------------------ */
+
+void bn_page_add(uint64_t *counter, int64_t delta)
+{
+    __atomic_fetch_add(counter, (uint64_t)delta, __ATOMIC_RELAXED);
+}
+
+/* Count a segment in (+1) or out (-1). */
+static void account(const struct bn_seg *seg, int sign)
+{
+    struct bn_agent_page *page = bn_agent_page();
+    int64_t bytes = (int64_t)seg->size * sign;
+    switch (seg->kind) {
+    case BN_SEG_ALLOC:
+    case BN_SEG_APP:
+        if (seg->dev >= 0 && seg->dev < (int)BN_GPUS_MAX) {
+            bn_page_add(&page->gpu[seg->dev].bytes, bytes);
+            bn_page_add(&page->gpu[seg->dev].segments, sign);
+        }
+        break;
+    case BN_SEG_PLAIN: bn_page_add(&page->native_bytes, bytes); break;
+    case BN_SEG_HOST: bn_page_add(&page->blockers.host_vmm_bytes, bytes); break;
+    case BN_SEG_FOREIGN: bn_page_add(&page->blockers.imported_handles, sign); break;
+    case BN_SEG_MULTICAST: bn_page_add(&page->blockers.multicast_handles, sign); break;
+    }
+}
+
+/* ---- segments and mappings ----------------------------------------------------------------------- */
+
+struct bn_seg *bn_seg_new_locked(enum bn_seg_kind kind, CUdevice dev, uint64_t size)
+{
+    struct bn_seg *seg = bn_pool_get(&bn_track.seg_pool);
+    if (!seg)
+        return NULL;
+    seg->kind = kind;
+    seg->dev = dev;
+    seg->size = size;
+    bn_tree_insert(&bn_track.segs, &seg->by_id, ++bn_track.last_id);
+    account(seg, 1);
+    return seg;
+}
+
+struct bn_map *bn_map_new_locked(struct bn_seg *seg, CUdeviceptr va, uint64_t size, uint64_t offset)
+{
+    if (bn_tree_find(&bn_track.maps, va))
+        return NULL;
+    struct bn_map *map = bn_pool_get(&bn_track.map_pool);
+    if (!map)
+        return NULL;
+    map->seg = seg;
+    map->size = size;
+    map->offset = offset;
+    map->next = seg->maps;
+    seg->maps = map;
+    bn_tree_insert(&bn_track.maps, &map->by_va, va);
+    return map;
+}
+
+void bn_map_drop_locked(struct bn_map *map)
+{
+    struct bn_map **at = &map->seg->maps;
+    while (*at != map)
+        at = &(*at)->next;
+    *at = map->next;
+    bn_tree_remove(&bn_track.maps, &map->by_va);
+    bn_pool_put(&bn_track.map_pool, map);
+}
+
+void bn_seg_settle_locked(struct bn_seg *seg)
+{
+    if (seg->refs || seg->maps || seg->array_maps)
+        return;
+    if (seg->present)
+        bn_real.cuMemRelease(seg->real);
+    bn_kept_close(&seg->kept);
+    account(seg, -1);
+    bn_tree_remove(&bn_track.segs, &seg->by_id);
+    bn_pool_put(&bn_track.seg_pool, seg);
+}
+
+void bn_seg_destroy_locked(struct bn_seg *seg)
+{
+    bool ours = seg->kind == BN_SEG_ALLOC;
+    while (seg->maps) {
+        struct bn_map *map = seg->maps;
+        CUdeviceptr va = map->by_va.key;
+        uint64_t size = map->size;
+        if (map->mapped)
+            bn_real.cuMemUnmap(va, size);
+        bn_map_drop_locked(map);
+        if (ours)
+            bn_real.cuMemAddressFree(va, size);
+    }
+    seg->refs = 0;
+    bn_seg_settle_locked(seg);
+}
+
+struct bn_seg *bn_seg_of_token_locked(CUmemGenericAllocationHandle handle)
+{
+    if (!bn_is_token(handle))
+        return NULL;
+    struct bn_seg *seg =
+        BN_CONTAINER(bn_tree_find(&bn_track.segs, handle & ~BN_TOKEN_MASK), struct bn_seg, by_id);
+    return seg && seg->refs ? seg : NULL;
+}
+
+struct bn_map *bn_map_at_locked(CUdeviceptr p)
+{
+    struct bn_map *map = BN_CONTAINER(bn_tree_floor(&bn_track.maps, p), struct bn_map, by_va);
+    return map && p - map->by_va.key < map->size ? map : NULL;
+}
+
+struct bn_alloc *bn_alloc_at_locked(CUdeviceptr p)
+{
+    struct bn_alloc *a = BN_CONTAINER(bn_tree_floor(&bn_track.allocs, p), struct bn_alloc, by_va);
+    return a && p - a->by_va.key < a->bytes ? a : NULL;
+}
+
+CUresult bn_map_apply_access_locked(const struct bn_map *map)
+{
+    CUmemAccessDesc desc[BN_GPUS_MAX + 1];
+    size_t n = 0;
+    for (int dev = 0; dev < (int)BN_GPUS_MAX; dev++) {
+        uint64_t bit = 1ULL << dev;
+        if ((map->rw | map->ro) & bit)
+            desc[n++] = (CUmemAccessDesc){{CU_MEM_LOCATION_TYPE_DEVICE, dev},
+                                          map->rw & bit ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+                                                        : CU_MEM_ACCESS_FLAGS_PROT_READ};
+    }
+    if (map->host.flags)
+        desc[n++] = map->host;
+    return n ? bn_real.cuMemSetAccess(map->by_va.key, map->size, desc, n) : CUDA_SUCCESS;
+}
+
+void bn_free_later_locked(void)
+{
+    while (bn_track.later && bn_track.captures.count == 0) {
+        struct bn_seg *seg = bn_track.later;
+        bn_track.later = seg->next;
+        bn_seg_destroy_locked(seg);
+    }
+}
+
+/* ---- contexts ------------------------------------------------------------------------------------ */
+
+void bn_ctx_add_locked(CUcontext ctx, CUdevice dev, enum bn_ctx_kind kind, CUgreenCtx green)
+{
+    for (struct bn_ctx *c = bn_track.ctxs; c; c = c->next)
+        if (c->ctx == ctx)
+            return;
+    struct bn_ctx *c = bn_pool_get(&bn_track.ctx_pool);
+    if (!c)
+        return;
+    *c = (struct bn_ctx){bn_track.ctxs, ctx, green, dev, kind};
+    bn_track.ctxs = c;
+}
+
+static void forget_ctx(CUcontext ctx)
+{
+    for (struct bn_ctx **at = &bn_track.ctxs; *at;) {
+        struct bn_ctx *c = *at;
+        if (c->ctx == ctx) {
+            *at = c->next;
+            bn_pool_put(&bn_track.ctx_pool, c);
+        } else {
+            at = &c->next;
+        }
+    }
+    for (struct bn_peer **at = &bn_track.peers; *at;) {
+        struct bn_peer *p = *at;
+        if (p->from == ctx || p->to == ctx) {
+            *at = p->next;
+            bn_pool_put(&bn_track.peer_pool, p);
+        } else {
+            at = &p->next;
+        }
+    }
+}
+
+void bn_ctx_gone_locked(CUcontext ctx, bool forget)
+{
+    BN_TREE_EACH(&bn_track.allocs, n)
+    {
+        struct bn_alloc *a = BN_CONTAINER(n, struct bn_alloc, by_va);
+        if (a->ctx != ctx)
+            continue;
+        bn_tree_remove(&bn_track.allocs, &a->by_va);
+        struct bn_agent_page *page = bn_agent_page();
+        if (a->seg) {
+            bn_page_add(&page->allocations, -1);
+            bn_seg_destroy_locked(a->seg);
+        } else {
+            bn_page_add(a->managed ? &page->blockers.managed_bytes : &page->native_bytes, -(int64_t)a->bytes);
+        }
+        bn_pool_put(&bn_track.alloc_pool, a);
+    }
+    if (forget)
+        forget_ctx(ctx);
+}
+
+CUresult bn_ctx_synchronize(CUcontext ctx)
+{
+    CUcontext current = NULL;
+    CUresult r = bn_real.cuCtxGetCurrent(&current);
+    if (r != CUDA_SUCCESS)
+        return r;
+    if (current == ctx)
+        return bn_real.cuCtxSynchronize();
+    r = bn_real.cuCtxPushCurrent_v2(ctx);
+    if (r != CUDA_SUCCESS)
+        return r;
+    r = bn_real.cuCtxSynchronize();
+    bn_real.cuCtxPopCurrent_v2(&current);
+    return r;
+}
+
+void bn_ctx_borrow(void)
+{
+    if (bn_track.ctxs)
+        bn_real.cuCtxSetCurrent(bn_track.ctxs->ctx);
+}
+
+void bn_ctx_unborrow(void)
+{
+    bn_real.cuCtxSetCurrent(NULL);
+}

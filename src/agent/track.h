@@ -1,0 +1,171 @@
+/* What the agent knows of the process's GPU memory. One lock, taken by calls that allocate, free, map or ask about memory,
+ * never by launches and copies.
+ *
+ * A segment is a physical VMM allocation (what travels in an eviction), a mapping is a place where one is mapped, an
+ * allocation is what cuMemAlloc gave to the application. They are apart so that allocations can share a segment later on.
+ *
+ * Functions named ..._locked want the lock held. Unless said otherwise any thread may call, inside the gate or (the agent's own
+ * thread) with the gate closed.
+ */
+#pragma once
+
+#include "agent/api/api_table.h"
+#include "agent/mem.h"
+#include "agent/sync.h"
+#include "wire/agent_proto.h"
+
+#include <sys/stat.h>
+
+#define BN_GPUS_MAX 64u /* access is kept as bit masks */
+#define BN_CONVERT_MIN (2u << 20)
+#define BN_TOKEN_BASE 0xbe77000000000000ULL /* the driver's own handles are small numbers or addresses */
+#define BN_TOKEN_MASK 0xffff000000000000ULL
+
+enum bn_seg_kind {
+    BN_SEG_ALLOC = 1, /* made by us for cuMemAlloc; the application has no handle */
+    BN_SEG_APP,       /* cuMemCreate on a device, evictable */
+    BN_SEG_PLAIN,     /* cuMemCreate that cannot be exported: left to the driver */
+    BN_SEG_HOST,      /* cuMemCreate at a host location */
+    BN_SEG_FOREIGN,   /* imported by the application */
+    BN_SEG_MULTICAST,
+};
+
+/* A descriptor of an imported segment, kept to export it again. The identity is checked before use: programs close
+ * descriptors that are not theirs. */
+struct bn_kept {
+    int fd; /* 0: none (numbers this low are never used for it) */
+    dev_t dev, rdev;
+    ino_t ino;
+};
+
+struct bn_map;
+struct bn_seg {
+    struct bn_node by_id; /* key: id; the application's handle is BN_TOKEN_BASE | id */
+    enum bn_seg_kind kind;
+    CUdevice dev;
+    uint64_t size;
+    CUmemGenericAllocationHandle real;
+    bool present;             /* `real` is valid */
+    uint32_t flags;           /* BN_SEGMENT_... */
+    uint32_t refs;            /* the application's references to the handle */
+    uint32_t array_maps;      /* bound to sparse arrays, which nobody can put back */
+    CUmemAllocationProp prop; /* as the application asked */
+    struct bn_map *maps;
+    struct bn_kept kept;
+    struct bn_seg *next; /* on the list of those to be freed later */
+};
+
+struct bn_map {
+    struct bn_node by_va; /* key: address */
+    struct bn_map *next;  /* of the same segment */
+    struct bn_seg *seg;
+    uint64_t size, offset;
+    uint64_t rw, ro;      /* devices that have access */
+    CUmemAccessDesc host; /* access of a host location; flags 0: none */
+    bool mapped;
+};
+
+struct bn_alloc {
+    struct bn_node by_va; /* key: address */
+    uint64_t bytes;       /* as asked for */
+    struct bn_seg *seg;   /* NULL: native */
+    CUcontext ctx;
+    CUdevice dev;
+    bool managed;
+};
+
+enum bn_ctx_kind { BN_CTX_OWN, BN_CTX_PRIMARY, BN_CTX_GREEN };
+struct bn_ctx {
+    struct bn_ctx *next;
+    CUcontext ctx;
+    CUgreenCtx green;
+    CUdevice dev;
+    enum bn_ctx_kind kind;
+};
+
+/* `from` may use what is allocated in `to`. */
+struct bn_peer {
+    struct bn_peer *next;
+    CUcontext from, to;
+    CUdevice from_dev;
+};
+
+struct bn_device {
+    bool known, convertible, rdma;
+    uint64_t granularity;
+    uint8_t uuid[16];
+};
+
+struct bn_track {
+    struct bn_lock lock;
+    struct bn_tree segs, maps, allocs;
+    struct bn_tree captures; /* key: stream */
+    struct bn_tree imports;  /* key: address or pool of other processes' memory */
+    struct bn_pool seg_pool, map_pool, alloc_pool, node_pool, ctx_pool, peer_pool;
+    struct bn_ctx *ctxs;
+    struct bn_peer *peers;
+    struct bn_seg *later; /* freed by the application during a stream capture: gone when it has ended */
+    uint64_t last_id;
+    uint32_t capturing; /* captures.count, to be read without the lock */
+    struct bn_device devices[BN_GPUS_MAX];
+    int device_count;
+};
+extern struct bn_track bn_track BN_API_LOCAL;
+
+#define BN_LOCKED()          \
+    bn_lock(&bn_track.lock); \
+    __attribute__((cleanup(bn_track_unlock), unused)) int bn_locked_ = 0
+static inline void bn_track_unlock(int *unused)
+{
+    bn_unlock(&bn_track.lock);
+}
+
+/* Ask the driver about every device; after cuInit. */
+void bn_track_devices(void) BN_API_LOCAL;
+/* Forget everything, without a call to the driver: in a forked child. */
+void bn_track_drop(void) BN_API_LOCAL;
+
+/* NULL: no memory. The segment has an id and is in the tree; `present` is false. */
+struct bn_seg *bn_seg_new_locked(enum bn_seg_kind kind, CUdevice dev, uint64_t size) BN_API_LOCAL;
+struct bn_map *bn_map_new_locked(struct bn_seg *seg, CUdeviceptr va, uint64_t size,
+                                 uint64_t offset) BN_API_LOCAL;
+/* Out of tree and segment; no call to the driver. */
+void bn_map_drop_locked(struct bn_map *map) BN_API_LOCAL;
+/* When nothing refers to it any more: release the handle, close the kept descriptor, forget it. */
+void bn_seg_settle_locked(struct bn_seg *seg) BN_API_LOCAL;
+/* Unmap every mapping, give their addresses back if the segment is one of ours, and settle. */
+void bn_seg_destroy_locked(struct bn_seg *seg) BN_API_LOCAL;
+struct bn_seg *bn_seg_of_token_locked(CUmemGenericAllocationHandle handle) BN_API_LOCAL;
+static inline CUmemGenericAllocationHandle bn_seg_token(const struct bn_seg *seg)
+{
+    return BN_TOKEN_BASE | seg->by_id.key;
+}
+static inline bool bn_is_token(CUmemGenericAllocationHandle h)
+{
+    return (h & BN_TOKEN_MASK) == BN_TOKEN_BASE;
+}
+static inline bool bn_seg_evictable(const struct bn_seg *seg)
+{
+    return seg->kind == BN_SEG_ALLOC || seg->kind == BN_SEG_APP;
+}
+/* The mapping or allocation that holds address `p`, or NULL. Mappings by their whole size, allocations by what was asked for. */
+struct bn_map *bn_map_at_locked(CUdeviceptr p) BN_API_LOCAL;
+struct bn_alloc *bn_alloc_at_locked(CUdeviceptr p) BN_API_LOCAL;
+/* Set the recorded access of a mapping in the driver. */
+CUresult bn_map_apply_access_locked(const struct bn_map *map) BN_API_LOCAL;
+
+/* Add to a counter of the page. */
+void bn_page_add(uint64_t *counter, int64_t delta) BN_API_LOCAL;
+
+/* Contexts. */
+void bn_ctx_add_locked(CUcontext ctx, CUdevice dev, enum bn_ctx_kind kind, CUgreenCtx green) BN_API_LOCAL;
+/* The context was destroyed or reset: what was allocated in it is gone. */
+void bn_ctx_gone_locked(CUcontext ctx, bool forget) BN_API_LOCAL;
+/* Wait for everything in `ctx`, whatever is current. */
+CUresult bn_ctx_synchronize(CUcontext ctx) BN_API_LOCAL;
+/* Make some live context current to the calling thread (the agent's own). */
+void bn_ctx_borrow(void) BN_API_LOCAL;
+void bn_ctx_unborrow(void) BN_API_LOCAL;
+
+/* Free what the application freed during captures that have ended since. */
+void bn_free_later_locked(void) BN_API_LOCAL;
