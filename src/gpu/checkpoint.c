@@ -241,10 +241,13 @@ static int restore_failed(CUresult c, const char *name, struct bn_error *err)
                             "checkpoint again. "
                             "OUT_OF_MEMORY (2)",
                             name);
-    bn_cuda_fail(err, c, stage,
-                 "%s cannot be restored by the driver and is lost; end it and restore it from its checkpoint",
-                 name);
-    return -EIO;
+    char buf[32];
+    const char *words = bn_cuda_words(c);
+    return bn_error_set(
+        err, EIO, stage,
+        "%s cannot be restored by the driver and is lost; end it and restore it from its checkpoint. "
+        "%s%s%s (%d)",
+        name, words ? words : "", words ? "; " : "", bn_cuda_name(c, buf), (int)c);
 }
 
 static int not_ready(enum step step, const char *name, CUresult c, struct bn_error *err)
@@ -276,9 +279,8 @@ static int wrong_process(struct bn_gpu *gpu, enum step step, pid_t pid, CUresult
         return bn_error_set(err, EINVAL, stage,
                             "%s cannot be %s: it is %s and would have to be %s. ILLEGAL_STATE (401)", w.text,
                             steps[step].verb, state_names[state], steps[step].needs);
-    bn_cuda_fail(err, c, stage, "%s, which is %s, cannot be %s by the driver", w.text, state_names[state],
-                 steps[step].verb);
-    return c == CUDA_ERROR_OUT_OF_MEMORY ? -ENOMEM : -EIO;
+    return bn_cuda_fail(err, c, stage, "%s, which is %s, cannot be %s by the driver", w.text,
+                        state_names[state], steps[step].verb);
 }
 
 static int step_failed(struct bn_gpu *gpu, enum step step, pid_t pid, CUresult c, struct bn_error *err)

@@ -16,7 +16,7 @@
 
 /* Exported by Bennu's own stand-in (src/agent), and by the simulated driver (sim). */
 #define AGENT_MARK "bn_agent_version"
-#define SIM_MARK "bn_sim_version"
+#define SIM_MARK "cuda_sim_version"
 
 /* Where distributions put it, for when the name alone leads to our own stand-in. */
 static const char *const usual_places[] = {
@@ -106,10 +106,8 @@ static int start(struct bn_gpu *gpu, int *count, struct bn_error *err)
             "The driver finds no GPU (%s). Is CUDA_VISIBLE_DEVICES set, or are the device files "
             "/dev/nvidia* missing here?",
             gpu->path);
-    if (r != CUDA_SUCCESS) {
-        bn_cuda_fail(err, r, STAGE, "The driver %s does not start", gpu->path);
-        return -EIO;
-    }
+    if (r != CUDA_SUCCESS)
+        return bn_cuda_fail(err, r, STAGE, "The driver %s does not start", gpu->path);
     int version = 0;
     if ((r = gpu->cu.DriverGetVersion(&version)) != CUDA_SUCCESS)
         return bn_cuda_fail(err, r, STAGE, "The driver %s does not tell its version", gpu->path);

@@ -1,0 +1,352 @@
+/* Devices, sets of device memory, the pinned pool. */
+#include "common.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static struct bn_copier *copier;
+
+static int up(void **state)
+{
+    struct bn_copier_config config = {.buffer = 4 * MIB, .workers = 3};
+    struct bn_error err = BN_ERROR_INIT;
+    if (open_gpu(state) < 0)
+        return -1;
+    return bn_copier_new(gpu, &config, &copier, &err);
+}
+
+static int down(void **state)
+{
+    bn_copier_free(copier);
+    return close_gpu(state);
+}
+
+static void devices(void **state)
+{
+    assert_true(bn_gpu_count(gpu) >= 1);
+    assert_null(bn_gpu_info(gpu, bn_gpu_count(gpu)));
+    for (unsigned i = 0; i < bn_gpu_count(gpu); i++) {
+        const struct bn_gpu_info *info = bn_gpu_info(gpu, i);
+        assert_int_equal(bn_gpu_find(gpu, info->uuid), (int)i);
+        assert_true(strlen(info->name) > 0 && strlen(info->pci) >= 12);
+        assert_true(info->major > 0 && info->total > 0 && info->shareable);
+        uint64_t f, t;
+        struct bn_error err = BN_ERROR_INIT;
+        assert_ok(bn_gpu_mem_info(gpu, i, &f, &t, &err), &err);
+        assert_true(f > 0 && f <= t && t <= info->total);
+    }
+    uint8_t nobody[16] = "not a GPU";
+    assert_int_equal(bn_gpu_find(gpu, nobody), -ENODEV);
+    assert_true(bn_gpu_driver_version(gpu) >= 11000);
+    assert_true(strstr(bn_gpu_driver_path(gpu), "libcuda.so") != NULL);
+}
+
+static void wrong_drivers(void **state)
+{
+    struct bn_gpu *g = NULL;
+    struct bn_error err = BN_ERROR_INIT;
+    char path[4096];
+    assert_fails(bn_gpu_open("/nowhere/libcuda.so.1", &g, &err), ENOENT, &err);
+
+    /* What bears the agent's mark is refused, and what is no driver at all. */
+    const char *build = getenv("BENNU_BUILD");
+    snprintf(path, sizeof(path), "%s/test/gpu_ops/libfake_agent.so", build ? build : "build");
+    err = BN_ERROR_INIT;
+    assert_fails(bn_gpu_open(path, &g, &err), EINVAL, &err);
+    assert_non_null(strstr(err.text, "stand-in"));
+    snprintf(path, sizeof(path), "%s/test/gpu_ops/libfake_driver.so", build ? build : "build");
+    err = BN_ERROR_INIT;
+    assert_fails(bn_gpu_open(path, &g, &err), ENOSYS, &err);
+    assert_null(g);
+}
+
+static void bad_sets(void **state)
+{
+    struct bn_gpu_set *set = NULL;
+    struct bn_error err = BN_ERROR_INIT;
+    struct bn_gpu_block b[2] = {{.size = 2 * MIB}, {.size = 3 * MIB}};
+    assert_fails(bn_gpu_set_create(gpu, 0, b, 2, &set, &err), EINVAL, &err);
+    err = BN_ERROR_INIT;
+    assert_fails(bn_gpu_set_create(gpu, 0, b, 0, &set, &err), EINVAL, &err);
+    err = BN_ERROR_INIT;
+    assert_fails(bn_gpu_set_create(gpu, 99, b, 1, &set, &err), ENODEV, &err);
+    b[1].size = 0;
+    err = BN_ERROR_INIT;
+    assert_fails(bn_gpu_set_create(gpu, 0, b, 2, &set, &err), EINVAL, &err);
+    b[0].size = b[1].size = UINT64_C(1) << 63;
+    err = BN_ERROR_INIT;
+    assert_fails(bn_gpu_set_create(gpu, 0, b, 2, &set, &err), EINVAL, &err);
+
+    /* More than there is: says so, and nothing stays. */
+    uint64_t before = gpu_free(0);
+    b[0].size = 4 * MIB;
+    b[1].size = bn_gpu_info(gpu, 0)->total / (2 * MIB) * (2 * MIB);
+    err = BN_ERROR_INIT;
+    assert_fails(bn_gpu_set_create(gpu, 0, b, 2, &set, &err), ENOMEM, &err);
+    assert_int_equal(gpu_free(0), before);
+    assert_null(set);
+}
+
+static void foreign_descriptors(void **state)
+{
+    int p[2];
+    struct bn_gpu_set *set = NULL, *good;
+    struct bn_error err = BN_ERROR_INIT;
+    uint64_t size = 2 * MIB, before = gpu_free(0);
+    good = make_set(0, 1, &size, 1);
+    assert_int_equal(pipe2(p, O_CLOEXEC), 0);
+    unsigned fds = open_fds();
+    int fd = bn_gpu_set_fd(good, 0, &err);
+    assert_ok(fd, &err);
+
+    struct bn_gpu_block b[2] = {{size, 0, fd}, {size, 0, p[0]}};
+    assert_fails(bn_gpu_set_import(gpu, 0, b, 2, &set, &err), EINVAL, &err);
+    b[1].fd = -1;
+    err = BN_ERROR_INIT;
+    assert_fails(bn_gpu_set_import(gpu, 0, b, 2, &set, &err), EINVAL, &err);
+    /* More than the handle has. */
+    b[0].size = 2 * size;
+    err = BN_ERROR_INIT;
+    assert_true(bn_gpu_set_import(gpu, 0, b, 1, &set, &err) < 0);
+    /* The descriptors are still ours. */
+    assert_true(fcntl(fd, F_GETFD) >= 0 && fcntl(p[0], F_GETFD) >= 0);
+    assert_int_equal(open_fds(), fds + 1);
+    close(p[0]);
+    close(p[1]);
+    bn_gpu_set_free(good);
+    assert_int_equal(gpu_free(0), before);
+}
+
+static void sets_of(size_t n)
+{
+    const uint64_t sizes[] = {2 * MIB, 6 * MIB, 4 * MIB};
+    unsigned dev = n % 2 && bn_gpu_count(gpu) > 1 ? 1 : 0;
+    uint64_t before = gpu_free(dev), sum = 0;
+    unsigned fds = open_fds();
+
+    struct bn_gpu_set *set = make_set(dev, n, sizes, 3);
+    assert_int_equal(bn_gpu_set_count(set), n);
+    assert_int_equal(bn_gpu_set_device(set), dev);
+    for (size_t i = 0; i < n; i++) {
+        assert_int_equal(bn_gpu_set_offset(set, i), sum);
+        assert_int_equal(bn_gpu_set_size(set, i), sizes[i % 3]);
+        assert_int_equal(bn_gpu_set_flags(set, i), i % 2 ? BN_GPU_RDMA : 0);
+        sum += sizes[i % 3];
+    }
+    assert_int_equal(bn_gpu_set_bytes(set), sum);
+    assert_int_equal(gpu_free(dev), before - sum);
+
+    assert_int_equal(set_fill(copier, set, n), 0);
+    struct bn_gpu_set *again = import_again(set);
+    assert_int_not_equal(bn_gpu_set_ptr(again), bn_gpu_set_ptr(set));
+    assert_int_equal(set_check(copier, again, n), 0);
+    bn_gpu_set_free(set);
+    assert_int_equal(gpu_free(dev), before - sum);
+
+    /* An import hands on what it was made from. */
+    struct bn_gpu_set *third = import_again(again);
+    bn_gpu_set_free(again);
+    assert_int_equal(set_check(copier, third, n), 0);
+    bn_gpu_set_free(third);
+    assert_int_equal(gpu_free(dev), before);
+    assert_int_equal(open_fds(), fds);
+}
+
+static void sets(void **state)
+{
+    bn_copier_warm(copier, NULL);
+    for (size_t n = 1; n <= 40; n = n * 2 + 1)
+        sets_of(n);
+}
+
+static void set_of_1000(void **state)
+{
+    const uint64_t size = 2 * MIB;
+    uint64_t before = gpu_free(0);
+    struct bn_gpu_set *set = make_set(0, 1000, &size, 1);
+    assert_int_equal(set_fill(copier, set, 1000), 0);
+    assert_int_equal(set_check(copier, set, 1000), 0);
+    bn_gpu_set_free(set);
+    assert_int_equal(gpu_free(0), before);
+}
+
+static void second_process(void **state)
+{
+    struct {
+        uint64_t size[64], expect, leave;
+        uint32_t n;
+    } order = {.expect = 17, .leave = 18, .n = 20};
+    const uint64_t sizes[] = {2 * MIB, 4 * MIB};
+    int fds[64], r = -1;
+    uint64_t before = gpu_free(0);
+    struct bn_error err = BN_ERROR_INIT;
+
+    struct child child = child_start("import", NULL);
+    struct bn_gpu_set *set = make_set(0, order.n, sizes, 2);
+    assert_int_equal(set_fill(copier, set, order.expect), 0);
+    for (uint32_t i = 0; i < order.n; i++) {
+        order.size[i] = bn_gpu_set_size(set, i);
+        fds[i] = bn_gpu_set_fd(set, i, &err);
+        assert_ok(fds[i], &err);
+    }
+    say(child.sock, &order.n, sizeof(order.n), NULL, 0);
+    say(child.sock, &order, sizeof(order), fds, order.n);
+    assert_int_equal(hear(child.sock, &r, sizeof(r), NULL, 0), sizeof(r));
+    assert_int_equal(r, 0);
+    assert_int_equal(set_check(copier, set, order.leave), 0);
+    bn_gpu_set_free(set);
+    child_end(&child);
+    assert_int_equal(gpu_free(0), before);
+}
+
+/* ---- The pool --------------------------------------------------------------------------------------------------- */
+
+static struct bn_pool *new_pool(uint64_t limit, uint64_t keep, uint64_t slab)
+{
+    struct bn_pool *pool;
+    struct bn_pool_config config = {.limit = limit, .keep = keep, .slab = slab};
+    struct bn_error err = BN_ERROR_INIT;
+    assert_ok(bn_pool_new(gpu, &config, &pool, &err), &err);
+    return pool;
+}
+
+static struct bn_mem *get(struct bn_pool *pool, uint64_t bytes)
+{
+    struct bn_mem *mem;
+    struct bn_error err = BN_ERROR_INIT;
+    assert_ok(bn_mem_alloc(pool, bytes, &mem, &err), &err);
+    return mem;
+}
+
+/* Write own bytes everywhere through the pieces. */
+static void scribble(struct bn_mem *mem, int value)
+{
+    uint64_t len;
+    for (uint64_t off = 0; off < bn_mem_bytes(mem); off += len)
+        memset(bn_mem_piece(mem, off, &len, NULL), value, len);
+}
+
+static void holds(struct bn_pool *pool, struct bn_mem *mem, int value)
+{
+    uint64_t len, at;
+    for (uint64_t off = 0; off < bn_mem_bytes(mem); off += len) {
+        uint8_t *p = bn_mem_piece(mem, off, &len, &at), b = 0;
+        assert_int_equal(p[0], value);
+        assert_memory_equal(p, p + 1, len - 1);
+        assert_int_equal(pread(bn_pool_fd(pool), &b, 1, (off_t)(at + len - 1)), 1);
+        assert_int_equal(b, value);
+    }
+    assert_null(bn_mem_piece(mem, bn_mem_bytes(mem), NULL, NULL));
+}
+
+static void pool_limit(void **state)
+{
+    struct bn_pool *pool = new_pool(21 * MIB, 0, 8 * MIB); /* 20 MiB: a last slab of 4 */
+    struct bn_pool_stats s;
+    struct bn_mem *mem = NULL;
+    struct bn_error err = BN_ERROR_INIT;
+    assert_fails(bn_mem_alloc(pool, 21 * MIB, &mem, &err), ENOMEM, &err);
+    err = BN_ERROR_INIT;
+    assert_fails(bn_mem_alloc(pool, 0, &mem, &err), EINVAL, &err);
+    err = BN_ERROR_INIT;
+    assert_fails(bn_mem_alloc(pool, UINT64_MAX, &mem, &err), EINVAL, &err);
+    struct bn_mem *all = get(pool, 20 * MIB - 5);
+    assert_int_equal(bn_mem_bytes(all), 20 * MIB);
+    scribble(all, 1);
+    err = BN_ERROR_INIT;
+    assert_fails(bn_mem_alloc(pool, 1, &mem, &err), ENOMEM, &err);
+    bn_pool_stats(pool, &s);
+    assert_true(s.limit == 20 * MIB && s.registered == 20 * MIB && s.used == 20 * MIB &&
+                s.grown_bytes == 20 * MIB);
+    holds(pool, all, 1);
+    bn_mem_free(all);
+    bn_pool_trim(pool);
+    bn_pool_stats(pool, &s);
+    assert_true(s.registered == 0 && s.used == 0);
+    bn_mem_free(get(pool, 2 * MIB));
+    bn_pool_free(pool);
+}
+
+static void pool_pieces(void **state)
+{
+    struct bn_pool *pool = new_pool(24 * MIB, 8 * MIB, 8 * MIB);
+    struct bn_pool_stats s;
+    struct bn_mem *m[12];
+    for (int i = 0; i < 12; i++)
+        scribble(m[i] = get(pool, 2 * MIB), i);
+    for (int i = 0; i < 12; i += 2)
+        bn_mem_free(m[i]);
+    struct bn_mem *holes = get(pool, 12 * MIB); /* only as six pieces */
+    scribble(holes, 100);
+    holds(pool, holes, 100);
+    for (int i = 1; i < 12; i += 2)
+        holds(pool, m[i], i);
+    for (int i = 1; i < 12; i += 2)
+        bn_mem_free(m[i]);
+    bn_pool_trim(pool); /* every slab holds a piece */
+    holds(pool, holes, 100);
+    bn_pool_stats(pool, &s);
+    assert_true(s.registered == 24 * MIB && s.used == 12 * MIB);
+    bn_mem_free(holes);
+    bn_pool_trim(pool);
+    bn_pool_stats(pool, &s);
+    assert_true(s.registered == 8 * MIB && s.used == 0);
+    struct bn_error err = BN_ERROR_INIT;
+    assert_ok(bn_pool_reserve(pool, 24 * MIB, &err), &err);
+    bn_pool_stats(pool, &s);
+    assert_int_equal(s.registered, 24 * MIB);
+    bn_pool_free(pool);
+}
+
+static void *pool_user(void *arg)
+{
+    struct bn_pool *pool = arg;
+    for (unsigned i = 0; i < 50; i++) {
+        struct bn_mem *mem;
+        if (bn_mem_alloc(pool, (1 + i % 4) * 2 * MIB, &mem, NULL) < 0)
+            return (void *)1;
+        int value = (int)(i & 127);
+        uint64_t len;
+        memset(bn_mem_piece(mem, 0, &len, NULL), value, 4096);
+        if (*(uint8_t *)bn_mem_piece(mem, 4095, NULL, NULL) != value)
+            return (void *)2;
+        bn_mem_free(mem);
+        if (i % 10 == 0)
+            bn_pool_trim(pool);
+    }
+    return NULL;
+}
+
+static void pool_threads(void **state)
+{
+    struct bn_pool *pool = new_pool(64 * MIB, 0, 4 * MIB);
+    struct bn_pool_stats s;
+    pthread_t t[4];
+    for (int i = 0; i < 4; i++)
+        assert_int_equal(pthread_create(&t[i], NULL, pool_user, pool), 0);
+    for (int i = 0; i < 4; i++) {
+        void *r;
+        pthread_join(t[i], &r);
+        assert_null(r);
+    }
+    bn_pool_stats(pool, &s);
+    assert_int_equal(s.used, 0);
+    bn_pool_free(pool);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(devices),     cmocka_unit_test(wrong_drivers),
+        cmocka_unit_test(bad_sets),    cmocka_unit_test(sets),
+        cmocka_unit_test(set_of_1000), cmocka_unit_test(foreign_descriptors),
+        cmocka_unit_test(pool_limit),  cmocka_unit_test(second_process),
+        cmocka_unit_test(pool_pieces), cmocka_unit_test(pool_threads),
+    };
+    return cmocka_run_group_tests(tests, up, down);
+}
