@@ -119,7 +119,7 @@ static inline void bn_cleanup_manifest(struct bn_manifest **m)
 {
     bn_manifest_free(*m);
 }
-#define bn_auto_manifest __attribute__((cleanup(bn_cleanup_manifest)))
+#define bn_auto_manifest __attribute__((cleanup(bn_cleanup_manifest), unused))
 
 /* Append a zeroed record and return it, to be filled in; NULL when out of memory or beyond the limit. The pointer is good
  * until the next record of that kind is added. */
