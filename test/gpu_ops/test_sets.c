@@ -227,8 +227,10 @@ static struct bn_mem *get(struct bn_pool *pool, uint64_t bytes)
 static void scribble(struct bn_mem *mem, int value)
 {
     uint64_t len;
-    for (uint64_t off = 0; off < bn_mem_bytes(mem); off += len)
-        memset(bn_mem_piece(mem, off, &len, NULL), value, len);
+    for (uint64_t off = 0; off < bn_mem_bytes(mem); off += len) {
+        void *p = bn_mem_piece(mem, off, &len, NULL);
+        memset(p, value, len);
+    }
 }
 
 static void holds(struct bn_pool *pool, struct bn_mem *mem, int value)
