@@ -1,7 +1,8 @@
 /* A process tree that proves that it runs: each of N processes writes a growing number to DIR/<i>.count. The number lives in memory
  * only, so after a restore it goes on from where it was.
  *
- * Usage: counter DIR N MARK     MARK: "agent" (root holds the agent's memfd), "agents" (everyone does), "none"
+ * Usage: counter DIR N MARK [DEVICE]     MARK: "agent" (root holds the agent's memfd), "agents" (everyone does), "none".
+ * The root keeps DEVICE open as descriptor 9.
  */
 #include <fcntl.h>
 #include <signal.h>
@@ -30,9 +31,12 @@ static void count(const char *dir, int i, int mark)
 
 int main(int argc, char **argv)
 {
-    if (argc != 4)
+    if (argc < 4)
         return 1;
     setsid();
+    int device = argc > 4 ? open(argv[4], O_RDWR | O_CLOEXEC) : -1;
+    if (argc > 4 && (device < 0 || dup3(device, 9, O_CLOEXEC) < 0 || close(device) < 0))
+        return 1;
     for (int i = 1; i < atoi(argv[2]); i++)
         if (fork() == 0)
             count(argv[1], i, strcmp(argv[3], "agents") == 0);

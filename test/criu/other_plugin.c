@@ -1,11 +1,14 @@
 /* A second plugin beside Bennu's: writes down which hooks reach it, and claims nothing. Built from CRIU's own header, as any other
- * plugin would be. */
+ * plugin would be. In a file called cuda_plugin.so it leaves that name in the image, as CRIU's own does. */
 #include <criu/criu-plugin.h>
 
 #include <dlfcn.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+
+extern int add_inventory_plugin(const char *name);
 
 static int note(const char *what, int pid)
 {
@@ -21,6 +24,10 @@ static int note(const char *what, int pid)
 
 static int on_pause(int pid)
 {
+    static bool added;
+    Dl_info info;
+    if (!added && dladdr(&CR_PLUGIN_DESC, &info) && strstr(info.dli_fname, "/cuda_plugin.so"))
+        added = add_inventory_plugin("cuda_plugin") == 0;
     return note("pause", pid);
 }
 static int on_checkpoint(int pid)

@@ -24,6 +24,7 @@ import fake_daemon  # noqa: E402
 
 OPTIONS = None
 CRIU = None
+SUCCESS = b"\x08\x01\x10\x01"  # criu_resp: type DUMP, success
 LONG = 60  # seconds after which a thing that must happen counts as not happening
 
 
@@ -64,6 +65,7 @@ class PluginTest(unittest.TestCase):
         self.daemon = None
         self.tree = None
         self.pids = []
+        self.inside = []  # command that puts another into a mount namespace
         self.env = dict(os.environ, BENNU_RUNDIR=self.rundir, BENNU_BENNUD="/nonexistent/bennud")
         for name in ("CRIU_LIBS_DIR", "CRIU_CONFIG_FILE", "BENNU_DRIVER"):
             self.env.pop(name, None)
@@ -85,9 +87,10 @@ class PluginTest(unittest.TestCase):
                     print(f"--- {self.id()}: {name} ---\n" + "".join(f.readlines()[-120:]), file=sys.stderr)
 
     # --- the processes ---
-    def start_tree(self, n=1, mark="agent"):
-        self.tree = subprocess.Popen([OPTIONS.counter, self.dir, str(n), mark], stdin=subprocess.DEVNULL,
-                                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def start_tree(self, n=1, mark="agent", *device):
+        # Its standard streams are opened in the mount namespace that it lives in: CRIU finds no others.
+        self.tree = subprocess.Popen([*self.inside, "sh", "-c", 'exec "$@" </dev/null >/dev/null 2>&1', "sh",
+                                      OPTIONS.counter, self.dir, str(n), mark, *device])
         self.n = n
         wait_until(lambda: all(self.count(i)[0] for i in range(n)), "the processes count")
         self.pids = [self.count(i)[1] for i in range(n)]
@@ -153,7 +156,7 @@ class PluginTest(unittest.TestCase):
 
     # --- CRIU ---
     def criu(self, *args):
-        command = [CRIU, args[0], "--no-default-config", "-D", self.images, "-o", f"{args[0]}.log", "-v4",
+        command = [*self.inside, CRIU, args[0], "--no-default-config", "-D", self.images, "-o", f"{args[0]}.log", "-v4",
                    "-L", self.libdir, *args[1:]]
         return subprocess.run(command, env=self.env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
                               timeout=LONG * 2, check=False).returncode
@@ -224,7 +227,7 @@ class Dump(PluginTest):
     def test_without_cuda_no_daemon_is_needed(self):
         self.start_tree(mark="none")
         self.assertEqual(self.dump(), 0)
-        self.assertNotIn("bennud", self.log())
+        self.assertFalse([line for line in self.log().splitlines() if "(bennu)" in line or " bennu: " in line])
 
     def test_cuda_in_a_child_is_found(self):
         self.start_tree(3, "agents")
@@ -427,6 +430,108 @@ class OtherPlugins(PluginTest):
         self.assertIn("Missing required plugin: bennu", self.log("restore"))
 
 
+class StockImages(PluginTest):
+    """Images made by CRIU's own CUDA plugin, here played by other_plugin.c."""
+
+    def stock_dump(self):
+        self.start_tree(3)
+        os.rename(os.path.join(self.libdir, "bennu_plugin.so"), os.path.join(self.dir, "bennu_plugin.so"))
+        shutil.copy(OPTIONS.other, os.path.join(self.libdir, "cuda_plugin.so"))
+        self.assertEqual(self.dump(), 0)
+        self.assert_dead()
+        self.last = [self.count(i)[0] for i in range(3)]
+        os.rename(os.path.join(self.dir, "bennu_plugin.so"), os.path.join(self.libdir, "bennu_plugin.so"))
+        self.start_daemon()
+
+    def test_restored_in_its_place(self):
+        self.stock_dump()
+        os.unlink(os.path.join(self.libdir, "cuda_plugin.so"))
+        self.assertEqual(self.criu("restore", "-d"), 0)
+        self.assert_continues()
+        self.assert_requests("RESTORE_BEGIN", *3 * ["RESTORE_PROCESS"], "RESTORE_END", "closed")
+        self.assertEqual(self.daemon.records[0]["values"], [4])  # BN_CTL_F_STOCK_IMAGE
+
+    def test_left_to_the_stock_plugin_if_that_is_there(self):
+        self.stock_dump()
+        # Our stand-in for it does not take its name off the list, so CRIU stops here.
+        self.assertNotEqual(self.criu("restore", "-d"), 0)
+        self.assertEqual(self.requests(), [])
+        self.assertTrue("Missing required plugin: cuda_plugin" in self.log("restore"))
+
+
+class Devices(PluginTest):
+    """A descriptor of /dev/nvidiactl that NVML left behind. /dev/fuse plays the device: like it, CRIU does not know how to dump one.
+    All in a mount namespace with a /dev of its own."""
+
+    def setUp(self):
+        super().setUp()
+        if not os.path.exists("/dev/fuse"):
+            self.skipTest("no /dev/fuse")
+        script = ("umount -R -l /dev; mount -t tmpfs dev /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/zero c 1 5 && "
+                  "mknod /dev/urandom c 1 9 && mknod /dev/nvidiactl c 10 229 && mknod /dev/nvidia-uvm c 10 229 && "
+                  "echo ready && exec sleep 1000")
+        self.holder = subprocess.Popen(["unshare", "-m", "--propagation", "private", "sh", "-c", script],
+                                       stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+        if self.holder.stdout.readline() != "ready\n":
+            self.skipTest("no mount namespace can be made here")
+        self.inside = ["nsenter", "-m", "-t", str(self.holder.pid)]
+
+    def tearDown(self):
+        super().tearDown()
+        if hasattr(self, "holder"):
+            self.holder.kill()
+            self.holder.wait()
+            self.holder.stdout.close()
+
+    def dump_with(self, device):
+        self.start_tree(1, "agent", device)
+        self.start_daemon()
+        return self.dump()
+
+    def test_left_over_control_device_is_opened_anew(self):
+        self.assertEqual(self.dump_with("/dev/nvidiactl"), 0)
+        self.assert_dead()
+        self.last = [self.count(0)[0]]
+        with open(os.path.join(self.images, "bennu-manifest.img"), "w", encoding="utf-8"):
+            pass
+        self.assertEqual(self.criu("restore", "-d"), 0)
+        self.assert_continues()
+        self.assertEqual(os.readlink(f"/proc/{self.pids[0]}/fd/9"), "/dev/nvidiactl")
+
+    def test_null_device_where_it_is_missing(self):
+        self.assertEqual(self.dump_with("/dev/nvidiactl"), 0)
+        self.assert_dead()
+        self.last = [self.count(0)[0]]
+        with open(os.path.join(self.images, "bennu-manifest.img"), "w", encoding="utf-8"):
+            pass
+        subprocess.run([*self.inside, "rm", "/dev/nvidiactl"], check=True)
+        self.assertEqual(self.criu("restore", "-d"), 0)
+        self.assert_continues()
+        self.assertEqual(os.readlink(f"/proc/{self.pids[0]}/fd/9"), "/dev/null")
+
+    def test_hostile_path_is_refused(self):
+        self.assertEqual(self.dump_with("/dev/nvidiactl"), 0)
+        self.assert_dead()
+        name = next(n for n in os.listdir(self.images) if n.startswith("bennu-device-"))
+        with open(os.path.join(self.images, name), "w", encoding="utf-8") as f:
+            f.write("/dev/nvidia0/../../etc/shadow")
+        with open(os.path.join(self.images, "bennu-manifest.img"), "w", encoding="utf-8"):
+            pass
+        self.assertNotEqual(self.criu("restore", "-d"), 0)
+        self.assertTrue(f"{name} is damaged" in self.log("restore"))
+
+    def test_memory_device_still_open_is_an_error(self):
+        self.assertNotEqual(self.dump_with("/dev/nvidia-uvm"), 0)
+        self.assert_running()
+        self.assert_no_checkpoint()
+
+    def test_without_a_session_it_is_not_taken(self):
+        self.start_tree(1, "agent", "/dev/nvidiactl")
+        self.start_daemon(DUMP_BEGIN={"value": 0})
+        self.assertNotEqual(self.dump(), 0)
+        self.assert_running()
+
+
 class Restore(PluginTest):
     def test_one_process(self):
         self.dump_for_restore()
@@ -519,9 +624,20 @@ class Restore(PluginTest):
 class Swrk(PluginTest):
     """As libcriu, runc and crun drive it: `criu swrk`, orders through a socket."""
 
+    def test_good_dump(self):
+        self.start_daemon()
+        self.assertTrue(self.swrk_dump().startswith(SUCCESS), "no success was reported")
+        self.assert_dead()
+
     def test_end_fails(self):
-        pid = self.start_tree(3)
         self.start_daemon(DUMP_END={"error": [errno.ENOSPC, "write", "the disk is full"]})
+        self.assertFalse(self.swrk_dump().startswith(SUCCESS), "success was reported")
+        self.assert_running()
+        self.assert_no_checkpoint()
+        self.assertIn("the disk is full", self.log())
+
+    def swrk_dump(self):
+        pid = self.start_tree(3)
         self.env["CRIU_LIBS_DIR"] = self.libdir
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         folder = os.open(self.images, os.O_RDONLY)
@@ -533,10 +649,7 @@ class Swrk(PluginTest):
             criu.wait(LONG)
         os.close(folder)
         ours.close()
-        self.assertFalse(answer.startswith(b"\x08\x01\x10\x01"), "success was reported")
-        self.assert_running()
-        self.assert_no_checkpoint()
-        self.assertIn("the disk is full", self.log())
+        return answer
 
     @staticmethod
     def dump_request(folder, pid):
@@ -646,7 +759,7 @@ class Frozen(PluginTest):
 
 def find_criu():
     private = os.path.join(os.environ.get("BENNU_BUILD", "build"), "criu/bin/criu")
-    for path in (private, shutil.which("criu")):
+    for path in (os.environ.get("BENNU_TEST_CRIU"), private, shutil.which("criu")):
         if path and os.access(path, os.X_OK):
             return path
     return None
