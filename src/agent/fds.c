@@ -5,6 +5,7 @@
 
 #include <fcntl.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 
 static struct rlimit before;
 static bool lifted;
@@ -42,11 +43,23 @@ int bn_kept_take(struct bn_kept *kept, int fd)
     return 0;
 }
 
+/* A restored process has its sockets at the old numbers, but the kernel numbers them anew: what they are must do. */
+static bool is_seqpacket(int fd)
+{
+    int domain = 0, type = 0;
+    socklen_t len = sizeof(int);
+    return getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &len) == 0 && domain == AF_UNIX &&
+           getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) == 0 && type == SOCK_SEQPACKET;
+}
+
 bool bn_kept_valid(const struct bn_kept *kept)
 {
     struct stat st;
-    return kept->fd > 0 && fstat(kept->fd, &st) == 0 && st.st_dev == kept->dev && st.st_ino == kept->ino &&
-           st.st_rdev == kept->rdev;
+    if (kept->fd <= 0 || fstat(kept->fd, &st) < 0)
+        return false;
+    if (S_ISSOCK(st.st_mode))
+        return is_seqpacket(kept->fd);
+    return st.st_dev == kept->dev && st.st_ino == kept->ino && st.st_rdev == kept->rdev;
 }
 
 void bn_kept_close(struct bn_kept *kept)
