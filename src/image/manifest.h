@@ -87,7 +87,8 @@ struct bn_image_phase {
 
 #define BN_IMAGE_STDIO_MAX 257u /* bytes, with the closing NUL */
 
-/* Everything is owned; bn_manifest_free() frees it. The arrays grow by the functions below only. */
+/* Everything is owned; bn_manifest_free() frees it. The arrays grow by the functions below only.
+ * Strings end with a NUL; those of a decoded manifest may hold any other byte: make them safe before a terminal sees them. */
 struct bn_manifest {
     uint64_t incompat, compat;     /* feature bits */
     uint8_t key[BN_HASH_KEY_SIZE]; /* of every hash in this image */

@@ -65,7 +65,8 @@ void bn_pack_writer_stats(const struct bn_pack_writer *w, struct bn_pack_stats *
  * the manifest is as before. */
 int bn_pack_writer_finish(struct bn_pack_writer *w, struct bn_manifest *m, struct bn_error *err);
 
-/* End without an image: removes every pack that it made, also after finish. Takes NULL. */
+/* End without an image: removes every pack that it made, also after finish: keep the writer until bn_image_save() has
+ * succeeded. Takes NULL. */
 void bn_pack_writer_abort(struct bn_pack_writer *w);
 /* End: keeps the packs if finish succeeded, else removes them as abort does. Takes NULL. */
 void bn_pack_writer_close(struct bn_pack_writer *w);
