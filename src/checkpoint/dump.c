@@ -94,6 +94,7 @@ static void dump_free(struct bn_dump *d)
 {
     bn_targets_free(&d->q.targets);
     bn_manifest_free(d->manifest);
+    bn_report_unref(d->q.report);
     bn_close(d->dirfd);
     free(d->parts);
     free(d);
@@ -117,7 +118,7 @@ int bn_dump_begin(struct bn_env *env, pid_t root, unsigned flags, int dirfd, str
         return bn_error_set(err, ENOMEM, "dump", "out of memory");
     d->dirfd = fcntl(dirfd, F_DUPFD_CLOEXEC, 3);
     d->q = (struct bn_quiesce){.env = env,
-                               .report = report,
+                               .report = bn_report_ref(report),
                                .root = root,
                                .flags = flags,
                                .copy_start = start_writing,

@@ -3,6 +3,9 @@
 #include "base/cleanup.h"
 #include "base/parallel.h"
 
+/* A process that was just killed fails every step for a moment before it is gone. */
+#define GRACE_MS 500
+
 typedef int (*step_fn)(struct bn_quiesce *q, struct bn_error *err);
 typedef int (*target_fn)(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err);
 
@@ -36,7 +39,7 @@ static int each_up_one(void *ctx, size_t i, struct bn_error *err)
         return 0;
     struct bn_error why = BN_ERROR_INIT;
     int r = e->fn(e->q, t, &why);
-    if (r < 0 && bn_target_gone(t))
+    if (r < 0 && bn_target_wait_gone(t, GRACE_MS))
         return 0;
     if (r < 0 && err)
         *err = why;

@@ -7,6 +7,7 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -198,6 +199,12 @@ bool bn_target_gone(const struct bn_target *t)
     return t->pidfd >= 0 && bn_pidfd_dead(t->pidfd);
 }
 
+bool bn_target_wait_gone(const struct bn_target *t, int timeout_ms)
+{
+    struct pollfd p = {.fd = t->pidfd, .events = POLLIN};
+    return t->pidfd >= 0 && poll(&p, 1, timeout_ms) > 0;
+}
+
 ssize_t bn_targets_index(const struct bn_targets *t, pid_t pid)
 {
     for (size_t i = 0; i < t->n; i++)
@@ -234,6 +241,24 @@ static bool cgroup_frozen(pid_t pid)
     return false;
 }
 
+/* Killed, though the kernel has not taken it apart yet: SIGKILL is pending, or some of its threads are exiting. */
+static bool dying(pid_t pid)
+{
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/%d/status", pid);
+    bn_auto_free char *text = NULL;
+    size_t len;
+    if (bn_read_file_at(AT_FDCWD, path, 1 << 16, (void **)&text, &len) < 0)
+        return true;
+    static const char *const pending[] = {"\nSigPnd:", "\nShdPnd:"};
+    for (size_t i = 0; i < BN_ARRAY_SIZE(pending); i++) {
+        const char *at = strstr(text, pending[i]);
+        if (at && (strtoull(at + strlen(pending[i]), NULL, 16) & (1ull << (SIGKILL - 1))))
+            return true;
+    }
+    return strstr(text, "\nVmSize:") == NULL; /* its memory is gone already */
+}
+
 int bn_target_wait_runnable(const struct bn_target *t, unsigned timeout_ms)
 {
     uint64_t deadline = bn_now_ns() + (uint64_t)timeout_ms * 1000000u;
@@ -243,7 +268,7 @@ int bn_target_wait_runnable(const struct bn_target *t, unsigned timeout_ms)
         if (bn_pidfd_dead(t->pidfd) || bn_proc_tracer(t->pid, &tracer) < 0 ||
             bn_proc_state(t->pid, &state) < 0)
             return -ESRCH;
-        if (state == 'Z' || state == 'X')
+        if (state == 'Z' || state == 'X' || dying(t->pid))
             return -ESRCH;
         if (tracer == 0 && state != 'T' && state != 't' && !cgroup_frozen(t->pid))
             return 0;

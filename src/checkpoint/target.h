@@ -62,6 +62,7 @@ uint64_t bn_target_bytes(const struct bn_target *t);       /* of its parts */
 
 /* True once the process has ended: there is nothing left to undo. */
 bool bn_target_gone(const struct bn_target *t);
+bool bn_target_wait_gone(const struct bn_target *t, int timeout_ms);
 
 /* The index of the target with this pid, or -1. */
 ssize_t bn_targets_index(const struct bn_targets *t, pid_t pid);
