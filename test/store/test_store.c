@@ -13,10 +13,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 
 #define CHUNK ((size_t)BN_CHUNK_SIZE)
@@ -520,7 +522,38 @@ static void test_threads(void **state)
     bn_pack_reader_free(r);
 }
 
-/* ---- a full disk ---- */
+/* ---- a disk that does not take it ---- */
+
+/* The limit on a file's size stops a write in the middle of the second chunk: a short write, then an error. */
+static void test_write_error(void **state)
+{
+    struct folder *f = *state;
+    struct bn_error err = BN_ERROR_INIT;
+    bn_auto_manifest struct bn_manifest *m = manifest(3);
+    struct bn_pack_writer *w = NULL;
+    assert_int_equal(bn_pack_writer_open(f->fd, m->key, 3, NULL, &w, &err), 0);
+    uint8_t *buf = buffer(2);
+    content(1, buf);
+    content(2, buf + CHUNK);
+    struct rlimit was, small;
+    signal(SIGXFSZ, SIG_IGN);
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &was), 0);
+    small = (struct rlimit){3u << 20, was.rlim_max};
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &small), 0);
+    struct bn_pack_item items[2] = {{1, buf}, {2, buf + CHUNK}};
+    int r = bn_pack_writer_add_batch(w, items, 2, &err);
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &was), 0);
+    assert_int_equal(r, -EFBIG);
+    assert_says(&err, EFBIG, "cannot write bennu-pack-0.img: File too large");
+    struct bn_pack_stats st;
+    bn_pack_writer_stats(w, &st);
+    assert_int_equal(st.stored_bytes, 0);
+    assert_int_equal(bn_pack_writer_add(w, 0, buf, NULL), -EFBIG); /* the first failure stays */
+    assert_int_equal(bn_pack_writer_finish(w, m, NULL), -EFBIG);
+    bn_pack_writer_close(w);
+    assert_false(exists(f, "bennu-pack-0.img"));
+    free(buf);
+}
 
 static void test_full(void **state)
 {
@@ -555,8 +588,21 @@ static void test_full(void **state)
     struct bn_error space = BN_ERROR_INIT;
     int enough = bn_store_check_space(fd, 5u << 20, &space),
         too_much = bn_store_check_space(fd, 6u << 20, &space);
+    int fill = openat(fd, "fill", O_CREAT | O_WRONLY | O_CLOEXEC, 0600);
+    char page[4096] = {0};
+    while (write(fill, page, sizeof(page)) == (ssize_t)sizeof(page))
+        ;
+    close(fill);
+    bn_auto_manifest struct bn_manifest *empty = manifest(0);
+    struct bn_error unsaved = BN_ERROR_INIT;
+    int saved = bn_image_save(fd, empty, &unsaved), present = bn_image_present(fd);
+    int left_over = faccessat(fd, "." BN_MANIFEST_NAME ".tmp", F_OK, 0);
     close(fd);
     assert_int_equal(umount(small), 0);
+    assert_int_equal(saved, -ENOSPC);
+    assert_says(&unsaved, ENOSPC, "cannot write bennu-manifest.img: No space left on device: make room");
+    assert_int_equal(present, 0);
+    assert_int_equal(left_over, -1);
     assert_int_equal(r, -ENOSPC);
     assert_int_equal(i, 5); /* chunks 1 and 2 fit, 0 and 3 are zero, 4 does not */
     assert_says(&err, ENOSPC, "cannot write bennu-pack-0.img: No space left on device");
@@ -579,6 +625,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_damaged_manifest, setup, teardown),
         cmocka_unit_test_setup_teardown(test_wrong_manifest_not_saved, setup, teardown),
         cmocka_unit_test_setup_teardown(test_threads, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_write_error, setup, teardown),
         cmocka_unit_test_setup_teardown(test_full, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
