@@ -125,7 +125,7 @@ void bn_gate_enter_slow(struct bn_gate_node *n)
     if (n == &overflow || bn_load(&n->exempt))
         return;
     for (;;) {
-        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+        bn_fence();
         uint32_t word = __atomic_load_n(&bn_gate_word, __ATOMIC_SEQ_CST);
         if (!(word & BN_GATE_CLOSED))
             return;
@@ -146,7 +146,7 @@ static void pass_barrier(void)
     if (membarrier(MB_GLOBAL) == 0)
         return;
     uint32_t before = __atomic_fetch_or(&bn_gate_word, BN_GATE_FENCED, __ATOMIC_SEQ_CST);
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    bn_fence();
     if (before & BN_GATE_FENCED)
         return;
     /* Refused only since now: threads that went by without a fence have made their store visible long before this ends. */

@@ -17,6 +17,17 @@
 #define bn_load_acq(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
 #define bn_store_rel(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
 
+/* A full fence. ThreadSanitizer knows none, but understands a read-modify-write. */
+static inline void bn_fence(void)
+{
+#ifdef __SANITIZE_THREAD__
+    static uint32_t word;
+    __atomic_fetch_add(&word, 0, __ATOMIC_SEQ_CST);
+#else
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+#endif
+}
+
 /* Sleep while *word is value, at most ns nanoseconds (0: no limit). May return early; the caller looks again. Keeps errno. */
 static inline void bn_futex_wait(uint32_t *word, uint32_t value, uint64_t ns)
 {

@@ -1,0 +1,293 @@
+/* A CUDA program for the tests, told what to do by lines on its standard input; answers one line each: "ok ...", "no CODE".
+ *
+ *   alloc MIB           cuMemAlloc, filled with the block's pattern
+ *   vmm MIB MAPS        one cuMemCreate mapped MAPS times, the last mapping for reading only
+ *   held MIB            cuMemCreate without a mapping
+ *   small BYTES         native memory
+ *   managed BYTES / unmanage
+ *   fill SEED / check SEED   every block
+ *   export I            cuMemExportToShareableHandle of block I
+ *   capture / endcapture     on a stream of its own
+ *   hammer / stop       threads that copy and check all the time / their number of calls
+ *   free I              block I
+ *   limit N             soft limit of descriptors
+ *   fork                a child that checks what a child may expect
+ *   address I           of block I
+ *   quit
+ */
+#include "cu.h"
+
+#include <pthread.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define MIB ((size_t)1 << 20)
+#define BLOCKS 4096
+
+struct block {
+    CUdeviceptr at[4];
+    int maps;
+    size_t bytes;
+    CUmemGenericAllocationHandle handle;
+    bool vmm, freed;
+};
+
+static struct cu cu;
+static struct block blocks[BLOCKS];
+static int count;
+static CUcontext context;
+static CUstream stream;
+static uint32_t seed = 1;
+
+static void must(CUresult r, const char *what)
+{
+    if (r != CUDA_SUCCESS) {
+        printf("no %d %s\n", r, what);
+        fflush(stdout);
+        exit(3);
+    }
+}
+
+static void fill_block(int i)
+{
+    struct block *b = &blocks[i];
+    if (!b->maps || b->freed)
+        return;
+    uint32_t *host = malloc(b->bytes);
+    for (size_t k = 0; k < b->bytes / 4; k++)
+        host[k] = pattern(seed + (uint32_t)i, k);
+    must(cu.cuMemcpyHtoD_v2(b->at[0], host, b->bytes), "cuMemcpyHtoD");
+    free(host);
+}
+
+/* The number of words that differ, over all mappings. */
+static size_t check_block(int i, uint32_t *host)
+{
+    struct block *b = &blocks[i];
+    size_t wrong = 0;
+    for (int m = 0; m < b->maps && !b->freed; m++) {
+        must(cu.cuMemcpyDtoH_v2(host, b->at[m], b->bytes), "cuMemcpyDtoH");
+        for (size_t k = 0; k < b->bytes / 4; k++)
+            wrong += host[k] != pattern(seed + (uint32_t)i, k);
+    }
+    return wrong;
+}
+
+static size_t check_all(void)
+{
+    size_t most = 4, wrong = 0;
+    for (int i = 0; i < count; i++)
+        most = blocks[i].bytes > most ? blocks[i].bytes : most;
+    uint32_t *host = malloc(most);
+    for (int i = 0; i < count; i++)
+        wrong += check_block(i, host);
+    free(host);
+    return wrong;
+}
+
+static void do_vmm(size_t mib, int maps)
+{
+    struct block *b = &blocks[count++];
+    CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
+                                .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+                                .location = {CU_MEM_LOCATION_TYPE_DEVICE, 0}};
+    b->vmm = true;
+    b->bytes = mib * MIB;
+    b->maps = maps;
+    must(cu.cuMemCreate(&b->handle, b->bytes, &prop, 0), "cuMemCreate");
+    for (int m = 0; m < maps; m++) {
+        bool last = m > 0 && m + 1 == maps;
+        CUmemAccessDesc access = {{CU_MEM_LOCATION_TYPE_DEVICE, 0},
+                                  last ? CU_MEM_ACCESS_FLAGS_PROT_READ : CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+        must(cu.cuMemAddressReserve(&b->at[m], b->bytes, 0, 0, 0), "cuMemAddressReserve");
+        must(cu.cuMemMap(b->at[m], b->bytes, 0, b->handle, 0), "cuMemMap");
+        must(cu.cuMemSetAccess(b->at[m], b->bytes, &access, 1), "cuMemSetAccess");
+    }
+}
+
+static void do_free(int i)
+{
+    struct block *b = &blocks[i];
+    b->freed = true;
+    if (!b->vmm) {
+        must(cu.cuMemFree_v2(b->at[0]), "cuMemFree");
+        return;
+    }
+    for (int m = 0; m < b->maps; m++) {
+        must(cu.cuMemUnmap(b->at[m], b->bytes), "cuMemUnmap");
+        must(cu.cuMemAddressFree(b->at[m], b->bytes), "cuMemAddressFree");
+    }
+    must(cu.cuMemRelease(b->handle), "cuMemRelease");
+}
+
+/* ---- threads ---------------------------------------------------------------------------------------- */
+
+static pthread_t hammers[3];
+static int stop_hammers;
+static unsigned long hammered, hammer_wrong;
+
+static void *hammer(void *unused)
+{
+    uint32_t host[1024];
+    must(cu.cuCtxSetCurrent(context), "cuCtxSetCurrent");
+    for (int i = 0; !__atomic_load_n(&stop_hammers, __ATOMIC_RELAXED); i = (i + 1) % count) {
+        struct block *b = &blocks[i];
+        if (!b->maps || b->freed)
+            continue;
+        size_t at = (size_t)(i * 37) % (b->bytes / 4 - 1024);
+        must(cu.cuMemcpyDtoH_v2(host, b->at[0] + at * 4, sizeof(host)), "cuMemcpyDtoH in a thread");
+        for (size_t k = 0; k < 1024; k++)
+            if (host[k] != pattern(seed + (uint32_t)i, at + k))
+                __atomic_fetch_add(&hammer_wrong, 1, __ATOMIC_RELAXED);
+        __atomic_fetch_add(&hammered, 1, __ATOMIC_RELAXED);
+    }
+    return NULL;
+}
+
+static void start_hammers(void)
+{
+    stop_hammers = 0;
+    hammered = hammer_wrong = 0;
+    for (size_t i = 0; i < 3; i++)
+        pthread_create(&hammers[i], NULL, hammer, NULL);
+}
+
+static void end_hammers(void)
+{
+    __atomic_store_n(&stop_hammers, 1, __ATOMIC_RELAXED);
+    for (size_t i = 0; i < 3; i++)
+        pthread_join(hammers[i], NULL);
+    printf("ok %lu %lu\n", hammered, hammer_wrong);
+}
+
+/* A child has none of the agent's descriptors, and the driver refuses it without more ado. */
+static void do_fork(void)
+{
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        for (int fd = 0; fd < 2048; fd++) {
+            char path[64], link[256] = "";
+            snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+            if (readlink(path, link, sizeof(link) - 1) > 0 && strstr(link, "bennu-agent"))
+                _exit(10);
+        }
+        int n;
+        CUresult r = cu.cuDeviceGetCount(&n); /* must return, whatever it says */
+        char *args[] = {"true", NULL};
+        if (r != CUDA_SUCCESS)
+            execv("/bin/true", args);
+        _exit(11);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    printf(status == 0 ? "ok\n" : "no %d child\n", WEXITSTATUS(status));
+}
+
+static void set_limit(unsigned n)
+{
+    struct rlimit limit;
+    getrlimit(RLIMIT_NOFILE, &limit);
+    limit.rlim_cur = n;
+    printf(setrlimit(RLIMIT_NOFILE, &limit) == 0 ? "ok\n" : "no 0 setrlimit\n");
+}
+
+static CUdeviceptr managed;
+
+/* The rarer commands. */
+static bool special(const char *word, unsigned long a)
+{
+    CUresult r = CUDA_SUCCESS;
+    CUgraph graph = NULL;
+    int fd = -1;
+    CUdeviceptr p;
+    if (strcmp(word, "small") == 0) {
+        r = cu.cuMemAlloc_v2(&p, a);
+    } else if (strcmp(word, "managed") == 0) {
+        r = cu.cuMemAllocManaged(&managed, a, CU_MEM_ATTACH_GLOBAL);
+    } else if (strcmp(word, "unmanage") == 0) {
+        r = cu.cuMemFree_v2(managed);
+    } else if (strcmp(word, "capture") == 0) {
+        r = cu.cuStreamBeginCapture_v2(stream, CU_STREAM_CAPTURE_MODE_RELAXED);
+    } else if (strcmp(word, "endcapture") == 0) {
+        r = cu.cuStreamEndCapture(stream, &graph);
+    } else if (strcmp(word, "export") == 0) {
+        r = cu.cuMemExportToShareableHandle(&fd, blocks[a].handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+                                            0);
+        if (r == CUDA_SUCCESS)
+            close(fd);
+    } else {
+        return false;
+    }
+    printf(r == CUDA_SUCCESS ? "ok\n" : "no %d %s\n", r, word);
+    return true;
+}
+
+static void obey(const char *word, unsigned long a, unsigned long b)
+{
+    if (special(word, a))
+        return;
+    if (strcmp(word, "alloc") == 0) {
+        struct block *block = &blocks[count++];
+        block->bytes = a * MIB;
+        block->maps = 1;
+        must(cu.cuMemAlloc_v2(&block->at[0], block->bytes), "cuMemAlloc");
+        fill_block(count - 1);
+        printf("ok %llx\n", block->at[0]);
+    } else if (strcmp(word, "vmm") == 0) {
+        do_vmm(a, (int)b);
+        fill_block(count - 1);
+        printf("ok\n");
+    } else if (strcmp(word, "held") == 0) {
+        do_vmm(a, 0);
+        printf("ok\n");
+    } else if (strcmp(word, "fill") == 0) {
+        seed = (uint32_t)a;
+        for (int i = 0; i < count; i++)
+            fill_block(i);
+        printf("ok\n");
+    } else if (strcmp(word, "check") == 0) {
+        size_t wrong = a == seed ? check_all() : ~(size_t)0;
+        printf(wrong ? "no %zu words differ\n" : "ok\n", wrong);
+    } else if (strcmp(word, "hammer") == 0) {
+        start_hammers();
+        printf("ok\n");
+    } else if (strcmp(word, "stop") == 0) {
+        end_hammers();
+    } else if (strcmp(word, "free") == 0) {
+        do_free((int)a);
+        printf("ok\n");
+    } else if (strcmp(word, "fork") == 0) {
+        do_fork();
+    } else if (strcmp(word, "limit") == 0) {
+        set_limit((unsigned)a);
+    } else {
+        printf("no 0 such command\n");
+    }
+}
+
+int main(int argc, char **argv)
+{
+    char line[128], word[32];
+    if (argc > 1) {
+        struct rlimit limit = {(rlim_t)atoi(argv[1]), (rlim_t)atoi(argv[1])};
+        setrlimit(RLIMIT_NOFILE, &limit);
+    }
+    cu_load(&cu, need_env("BENNU_AGENT"), RTLD_NOW | RTLD_LOCAL);
+    must(cu.cuInit(0), "cuInit");
+    must(cu.cuCtxCreate_v2(&context, 0, 0), "cuCtxCreate");
+    must(cu.cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING), "cuStreamCreate");
+    printf("ok\n");
+    fflush(stdout);
+    while (fgets(line, sizeof(line), stdin)) {
+        unsigned long a = 0, b = 0;
+        if (sscanf(line, "%31s %lu %lu", word, &a, &b) < 1)
+            continue;
+        if (strcmp(word, "quit") == 0)
+            return 0;
+        obey(word, a, b);
+        fflush(stdout);
+    }
+    return 0;
+}

@@ -1,0 +1,550 @@
+/* A controller takes a program's GPU memory away and gives it back, over the daemon's own client. Every byte is checked, in the
+ * controller and in the program. Needs no root. */
+#include "child.h"
+
+#include "base/io.h"
+#include "base/proc.h"
+#include "wire/agent_client.h"
+#include "wire/packet.h"
+
+#include <errno.h>
+#include <sys/stat.h>
+
+static struct cu sim; /* the controller's own driver */
+static CUcontext sim_context;
+
+/* What a controller holds of a program. */
+struct held {
+    struct bn_agent_segment *segs;
+    size_t n;
+    int *fds;
+    unsigned char **bytes; /* after read_all */
+};
+
+static void held_free(struct held *h)
+{
+    for (size_t i = 0; i < h->n; i++) {
+        if (h->fds && h->fds[i] >= 0)
+            close(h->fds[i]);
+        if (h->bytes)
+            free(h->bytes[i]);
+    }
+    free(h->fds);
+    free(h->segs);
+    free(h->bytes);
+    *h = (struct held){0};
+}
+
+#define CHECK(call)                                    \
+    do {                                               \
+        struct bn_error e_ = BN_ERROR_INIT;            \
+        struct bn_error *err = &e_;                    \
+        int r_ = (call);                               \
+        if (r_ < 0)                                    \
+            fail_msg("%s: %d %s", #call, r_, e_.text); \
+    } while (0)
+
+static struct bn_agent *attach(const struct child *c)
+{
+    struct bn_agent *a = NULL;
+    assert_int_equal(bn_agent_find(c->pid, &a), 0);
+    CHECK(bn_agent_attach(a, err));
+    return a;
+}
+
+static struct bn_agent_page page_of(struct bn_agent *a)
+{
+    struct bn_agent_page page;
+    assert_int_equal(bn_agent_page(a, &page), 0);
+    return page;
+}
+
+static void list_and_export(struct bn_agent *a, struct held *h)
+{
+    CHECK(bn_agent_list(a, &h->segs, &h->n, err));
+    h->fds = malloc((h->n + 1) * sizeof(int));
+    CHECK(bn_agent_export(a, h->segs, h->n, h->fds, err));
+}
+
+/* Map a descriptor's memory here, and copy it to (write) or from `bytes`. */
+static void transfer(int fd, size_t size, unsigned char *bytes, bool write)
+{
+    CUmemGenericAllocationHandle handle;
+    CUdeviceptr va;
+    CUmemAccessDesc access = {{CU_MEM_LOCATION_TYPE_DEVICE, 0}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+    assert_int_equal(sim.cuMemImportFromShareableHandle(&handle, (void *)(intptr_t)fd,
+                                                        CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
+                     0);
+    assert_int_equal(sim.cuMemAddressReserve(&va, size, 0, 0, 0), 0);
+    assert_int_equal(sim.cuMemMap(va, size, 0, handle, 0), 0);
+    assert_int_equal(sim.cuMemSetAccess(va, size, &access, 1), 0);
+    if (write)
+        assert_int_equal(sim.cuMemcpyHtoD_v2(va, bytes, size), 0);
+    else
+        assert_int_equal(sim.cuMemcpyDtoH_v2(bytes, va, size), 0);
+    assert_int_equal(sim.cuMemUnmap(va, size), 0);
+    assert_int_equal(sim.cuMemAddressFree(va, size), 0);
+    assert_int_equal(sim.cuMemRelease(handle), 0);
+}
+
+static void read_all(struct held *h)
+{
+    h->bytes = calloc(h->n + 1, sizeof(*h->bytes));
+    for (size_t i = 0; i < h->n; i++) {
+        h->bytes[i] = malloc(h->segs[i].size);
+        transfer(h->fds[i], h->segs[i].size, h->bytes[i], false);
+    }
+}
+
+/* New memory for everything held, with the bytes that were read. */
+static void recreate_all(struct held *h)
+{
+    CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
+                                .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+                                .location = {CU_MEM_LOCATION_TYPE_DEVICE, 0}};
+    for (size_t i = 0; i < h->n; i++) {
+        CUmemGenericAllocationHandle handle;
+        close(h->fds[i]);
+        assert_int_equal(sim.cuMemCreate(&handle, h->segs[i].size, &prop, 0), 0);
+        assert_int_equal(
+            sim.cuMemExportToShareableHandle(&h->fds[i], handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
+            0);
+        transfer(h->fds[i], h->segs[i].size, h->bytes[i], true);
+        assert_int_equal(sim.cuMemRelease(handle), 0);
+    }
+}
+
+static void populate(struct child *c)
+{
+    child_do(c, "alloc 2");
+    child_do(c, "alloc 3"); /* not a multiple of the granularity */
+    child_do(c, "vmm 4 1");
+    child_do(c, "vmm 2 3");
+    child_do(c, "held 2");
+    child_do(c, "alloc 16");
+    child_do(c, "small 4096");
+}
+
+/* ---- tests ------------------------------------------------------------------------------------------ */
+
+static void test_rounds(void **state)
+{
+    struct child c;
+    child_start(&c, NULL);
+    populate(&c);
+    char command[64];
+    for (int round = 1; round <= 6; round++) {
+        struct held h = {0};
+        snprintf(command, sizeof(command), "fill %d", round * 100);
+        child_do(&c, command);
+        struct bn_agent *a = attach(&c);
+        assert_int_equal(page_of(a).state, BN_AGENT_ACTIVE);
+        CHECK(bn_agent_close_gate(a, 10000, err));
+        list_and_export(a, &h);
+        assert_int_equal(h.n, 6);
+        read_all(&h);
+        CHECK(bn_agent_evict(a, err));
+        assert_int_equal(page_of(a).state, BN_AGENT_EVICTED);
+        assert_int_equal(page_of(a).epoch, round);
+        if (round % 2)
+            recreate_all(&h);
+        CHECK(bn_agent_import(a, h.segs, h.fds, h.n, err));
+        CHECK(bn_agent_import(a, h.segs, h.fds, h.n, err)); /* again: nothing happens */
+        assert_int_equal(page_of(a).state, BN_AGENT_CLOSED);
+        CHECK(bn_agent_open_gate(a, err));
+        assert_int_equal(page_of(a).state, BN_AGENT_ACTIVE);
+        bn_agent_free(a);
+        held_free(&h);
+        snprintf(command, sizeof(command), "check %d", round * 100);
+        child_do(&c, command);
+        child_do(&c, "export 2"); /* imported now, and exported all the same */
+    }
+    child_do(&c, "free 0");
+    child_do(&c, "free 3");
+    child_do(&c, "check 600");
+    child_end(&c);
+}
+
+static void test_page(void **state)
+{
+    struct child c;
+    child_start(&c, NULL);
+    populate(&c);
+    struct bn_agent *a = attach(&c);
+    struct bn_agent_page page = page_of(a);
+    assert_int_equal(page.pid, c.pid);
+    assert_int_equal(page.gpu_count > 0, 1);
+    assert_int_equal(page.allocations, 3);
+    assert_int_equal(page.gpu[0].segments, 6);
+    assert_int_equal(page.gpu[0].bytes, (size_t)(2 + 4 + 4 + 2 + 2 + 16) << 20);
+    assert_int_equal(page.native_bytes, 4096);
+    assert_string_equal(page.driver_path, need_env("BENNU_DRIVER"));
+    child_do(&c, "free 1");
+    page = page_of(a);
+    assert_int_equal(page.allocations, 2);
+    assert_int_equal(page.gpu[0].segments, 5);
+    bn_agent_free(a);
+    child_end(&c);
+}
+
+/* The memory is really gone, and threads that want it wait. */
+static void test_threads_wait(void **state)
+{
+    struct child c;
+    child_start(&c, NULL);
+    populate(&c);
+    child_do(&c, "hammer");
+    for (int round = 0; round < 10; round++) {
+        struct held h = {0};
+        size_t before, between, total;
+        struct bn_agent *a = attach(&c);
+        CHECK(bn_agent_close_gate(a, 20000, err));
+        list_and_export(a, &h);
+        assert_int_equal(sim.cuMemGetInfo_v2(&before, &total), 0);
+        CHECK(bn_agent_evict(a, err));
+        if (round % 2) {
+            read_all(&h);
+            for (size_t i = 0; i < h.n; i++)
+                close(h.fds[i]);
+            assert_int_equal(sim.cuMemGetInfo_v2(&between, &total), 0);
+            assert_int_equal(between - before, (size_t)30 << 20);
+            for (size_t i = 0; i < h.n; i++)
+                h.fds[i] = dup(0); /* closed by recreate_all */
+            recreate_all(&h);
+        }
+        CHECK(bn_agent_import(a, h.segs, h.fds, h.n, err));
+        CHECK(bn_agent_open_gate(a, err));
+        bn_agent_free(a);
+        held_free(&h);
+    }
+    unsigned long calls = 0, wrong = 1;
+    child_do(&c, "stop");
+    assert_int_equal(sscanf(c.answer, "ok %lu %lu", &calls, &wrong), 2);
+    assert_int_equal(wrong, 0);
+    assert_true(calls > 0);
+    child_do(&c, "check 1");
+    child_end(&c);
+}
+
+/* A controller that is killed at any step leaves a process that the next one can bring back. `steps`: how far it gets. */
+static void killed_controller(const struct child *c, int steps, const struct held *h)
+{
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        struct bn_agent *a = NULL;
+        struct bn_error err = BN_ERROR_INIT;
+        struct held mine = {0};
+        if (bn_agent_find(c->pid, &a) < 0 || bn_agent_attach(a, &err) < 0)
+            _exit(1);
+        if (steps > 0 && bn_agent_close_gate(a, 10000, &err) < 0)
+            _exit(2);
+        if (steps > 1 && bn_agent_list(a, &mine.segs, &mine.n, &err) < 0)
+            _exit(3);
+        mine.fds = malloc((mine.n + 1) * sizeof(int));
+        if (steps == 2 && bn_agent_export(a, mine.segs, mine.n, mine.fds, &err) < 0)
+            _exit(4);
+        if (steps > 2 && bn_agent_evict(a, &err) < 0)
+            _exit(5);
+        if (steps > 3 && bn_agent_import(a, h->segs, h->fds, h->n / 2, &err) < 0)
+            _exit(6);
+        raise(SIGKILL);
+    }
+    int status;
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_true(WIFSIGNALED(status));
+}
+
+static void test_killed_controllers(void **state)
+{
+    struct child c;
+    child_start(&c, NULL);
+    populate(&c);
+    for (int steps = 0; steps <= 4; steps++) {
+        struct held h = {0};
+        struct bn_agent *a = attach(&c);
+        if (steps > 2) {
+            /* Somebody must hold the memory when it is evicted. */
+            CHECK(bn_agent_close_gate(a, 10000, err));
+            list_and_export(a, &h);
+        }
+        bn_agent_free(a);
+        killed_controller(&c, steps, &h);
+        a = attach(&c);
+        uint32_t now = page_of(a).state;
+        assert_int_equal(now, steps == 0 ? BN_AGENT_ACTIVE : steps <= 2 ? BN_AGENT_CLOSED : BN_AGENT_EVICTED);
+        if (now == BN_AGENT_EVICTED)
+            CHECK(bn_agent_import(a, h.segs, h.fds, h.n, err));
+        if (now != BN_AGENT_ACTIVE)
+            CHECK(bn_agent_open_gate(a, err));
+        bn_agent_free(a);
+        held_free(&h);
+        child_do(&c, "check 1");
+    }
+    child_end(&c);
+}
+
+static void test_refusals(void **state)
+{
+    struct child c;
+    child_start(&c, NULL);
+    populate(&c);
+    struct bn_agent *a = attach(&c);
+    struct bn_error said = BN_ERROR_INIT;
+    child_do(&c, "managed 65536");
+    assert_int_equal(page_of(a).blockers.managed_bytes, 65536);
+    assert_int_equal(bn_agent_close_gate(a, 5000, &said), -ENOTSUP);
+    assert_non_null(strstr(said.text, "managed"));
+    child_do(&c, "unmanage");
+    assert_int_equal(page_of(a).blockers.managed_bytes, 0);
+    child_do(&c, "capture");
+    assert_int_equal(page_of(a).captures, 1);
+    said = (struct bn_error)BN_ERROR_INIT;
+    assert_int_equal(bn_agent_close_gate(a, 5000, &said), -EAGAIN);
+    child_do(&c, "free 0"); /* deferred: nothing may be waited for now */
+    child_do(&c, "endcapture");
+    assert_int_equal(page_of(a).captures, 0);
+    assert_int_equal(page_of(a).gpu[0].segments, 5);
+    said = (struct bn_error)BN_ERROR_INIT;
+    assert_int_equal(bn_agent_open_gate(a, &said), -EINVAL);
+    said = (struct bn_error)BN_ERROR_INIT;
+    assert_int_equal(bn_agent_evict(a, &said), -EINVAL);
+    CHECK(bn_agent_close_gate(a, 5000, err));
+    CHECK(bn_agent_open_gate(a, err));
+    child_do(&c, "check 1");
+    bn_agent_free(a);
+    child_end(&c);
+}
+
+static void test_nothing_allocated(void **state)
+{
+    struct child c;
+    struct held h = {0};
+    child_start(&c, NULL);
+    struct bn_agent *a = attach(&c);
+    CHECK(bn_agent_close_gate(a, 5000, err));
+    list_and_export(a, &h);
+    assert_int_equal(h.n, 0);
+    CHECK(bn_agent_evict(a, err));
+    CHECK(bn_agent_open_gate(a, err));
+    held_free(&h);
+    bn_agent_free(a);
+    child_do(&c, "alloc 2");
+    child_do(&c, "check 1");
+    child_end(&c);
+}
+
+/* ---- hostile messages -------------------------------------------------------------------------------- */
+
+static int far_end(const struct child *c, struct bn_agent *a)
+{
+    int pidfd = bn_pidfd_open(c->pid);
+    int fd = bn_pidfd_getfd(pidfd, page_of(a).far_fd);
+    close(pidfd);
+    assert_true(fd >= 0);
+    return fd;
+}
+
+static void send_raw(int fd, const void *bytes, size_t len, const int *fds, size_t nfds)
+{
+    struct iovec iov = {(void *)bytes, len};
+    assert_int_equal(bn_packet_send(fd, &iov, 1, fds, nfds), 0);
+}
+
+static int error_of_next_reply(int fd)
+{
+    char buf[BN_AGENT_MSG_MAX];
+    struct bn_agent_msg head;
+    int fds[BN_AGENT_BATCH];
+    size_t len, nfds;
+    assert_int_equal(bn_packet_recv(fd, buf, sizeof(buf), &len, fds, BN_AGENT_BATCH, &nfds), 0);
+    assert_true(len >= sizeof(head));
+    assert_int_equal(nfds, 0);
+    memcpy(&head, buf, sizeof(head));
+    return head.error;
+}
+
+static unsigned count_fds(pid_t pid)
+{
+    char command[64];
+    unsigned n = 0;
+    snprintf(command, sizeof(command), "ls /proc/%d/fd | wc -l", pid);
+    FILE *f = popen(command, "re");
+    assert_int_equal(fscanf(f, "%u", &n), 1);
+    pclose(f);
+    return n;
+}
+
+static void test_malformed(void **state)
+{
+    struct child c;
+    child_start(&c, NULL);
+    populate(&c);
+    struct bn_agent *a = attach(&c);
+    int fd = far_end(&c, a);
+    unsigned before = count_fds(c.pid);
+    static char buf[BN_AGENT_MSG_MAX];
+    struct bn_agent_msg head = {.magic = BN_AGENT_MAGIC, .type = BN_AGENT_HELLO, .id = 1};
+    int extra[3] = {0, 1, 2};
+
+    send_raw(fd, "x", 1, NULL, 0);                   /* no answer */
+    send_raw(fd, buf, sizeof(buf), NULL, 0);         /* no magic: no answer */
+    send_raw(fd, &head, sizeof(head) - 1, extra, 3); /* too short: no answer, nothing kept */
+    head.count = 5;
+    send_raw(fd, &head, sizeof(head), NULL, 0);
+    assert_int_equal(error_of_next_reply(fd), EBADMSG);
+    head.count = 0x10000000;
+    send_raw(fd, &head, sizeof(head), NULL, 0);
+    assert_int_equal(error_of_next_reply(fd), EBADMSG);
+    head.count = 0;
+    send_raw(fd, &head, sizeof(head), extra, 3);
+    assert_int_equal(error_of_next_reply(fd), EBADMSG);
+    head.type = 999;
+    send_raw(fd, &head, sizeof(head), NULL, 0);
+    assert_int_equal(error_of_next_reply(fd), EOPNOTSUPP);
+    head.type = BN_AGENT_IMPORT;
+    head.count = 1;
+    memcpy(buf, &head, sizeof(head));
+    send_raw(fd, buf, sizeof(head) + sizeof(struct bn_agent_segment), extra, 1);
+    assert_int_equal(error_of_next_reply(fd), EINVAL);
+    head.type = BN_AGENT_LIST;
+    head.count = 0;
+    head.arg = ~0ULL;
+    send_raw(fd, &head, sizeof(head), NULL, 0);
+    assert_int_equal(error_of_next_reply(fd), EINVAL);
+    CHECK(bn_agent_close_gate(a, 5000, err));
+    send_raw(fd, &head, sizeof(head), NULL, 0);
+    assert_int_equal(error_of_next_reply(fd), 0);
+    head.type = BN_AGENT_EXPORT;
+    send_raw(fd, &head, sizeof(head), NULL, 0);
+    assert_int_equal(error_of_next_reply(fd), 0);
+    CHECK(bn_agent_open_gate(a, err));
+    assert_int_equal(count_fds(c.pid), before);
+    close(fd);
+    child_do(&c, "check 1");
+    bn_agent_free(a);
+    child_end(&c);
+}
+
+/* Nobody reads the answers: the agent still takes requests, and the next controller is served. */
+static void test_unread_answers(void **state)
+{
+    struct child c;
+    child_start(&c, NULL);
+    struct bn_agent *a = attach(&c);
+    int fd = far_end(&c, a);
+    struct bn_agent_msg head = {.magic = BN_AGENT_MAGIC, .type = BN_AGENT_HELLO, .id = 1};
+    for (int i = 0; i < 3000; i++)
+        send_raw(fd, &head, sizeof(head), NULL, 0);
+    close(fd);
+    bn_agent_detach(a);
+    CHECK(bn_agent_attach(a, err));
+    CHECK(bn_agent_close_gate(a, 5000, err));
+    CHECK(bn_agent_open_gate(a, err));
+    bn_agent_free(a);
+    child_end(&c);
+}
+
+/* ---- descriptors ------------------------------------------------------------------------------------- */
+
+static void test_low_limit(void **state)
+{
+    /* Room for what the driver needs, far too little for a descriptor a segment: the soft limit is lifted meanwhile. */
+    struct child c;
+    child_start(&c, NULL);
+    for (int i = 0; i < 100; i++)
+        child_do(&c, "alloc 2");
+    child_do(&c, "limit 64");
+    for (int round = 0; round < 2; round++) {
+        struct held h = {0};
+        struct bn_agent *a = attach(&c);
+        CHECK(bn_agent_close_gate(a, 10000, err));
+        list_and_export(a, &h);
+        assert_int_equal(h.n, 100);
+        CHECK(bn_agent_evict(a, err));
+        CHECK(bn_agent_import(a, h.segs, h.fds, h.n, err));
+        CHECK(bn_agent_open_gate(a, err));
+        bn_agent_free(a);
+        held_free(&h);
+        child_do(&c, "check 1");
+    }
+    child_end(&c);
+}
+
+static void test_no_descriptors_at_all(void **state)
+{
+    /* The agent finds no room at start: it steps aside, and the program works as without it. */
+    struct child c;
+    char limit[16];
+    struct bn_agent *a = NULL;
+    bool stepped_aside = false;
+    for (int n = 64; n > 4 && !stepped_aside; n--) {
+        snprintf(limit, sizeof(limit), "%d", n);
+        pid_t pid = -1;
+        int from[2];
+        assert_int_equal(pipe2(from, O_CLOEXEC), 0);
+        fflush(stdout);
+        pid = fork();
+        if (pid == 0) {
+            dup2(from[1], 1);
+            char *args[] = {"app", limit, NULL};
+            execv(need_env("BENNU_TEST_APP"), args);
+            _exit(127);
+        }
+        close(from[1]);
+        char answer[64] = "";
+        FILE *f = fdopen(from[0], "re");
+        bool up = fgets(answer, sizeof(answer), f) && strncmp(answer, "ok", 2) == 0;
+        int r = up ? bn_agent_find(pid, &a) : 0;
+        if (up && (r == -ENOENT || page_of(a).state == BN_AGENT_INACTIVE))
+            stepped_aside = true;
+        if (up && r == 0) {
+            bn_agent_free(a);
+            a = NULL;
+        }
+        kill(pid, SIGKILL);
+        waitpid(pid, NULL, 0);
+        fclose(f);
+        if (!up)
+            break;
+    }
+    if (!stepped_aside)
+        skip(); /* this driver needs more descriptors than the agent */
+    child_start(&c, limit);
+    child_do(&c, "alloc 2");
+    child_do(&c, "check 1");
+    child_end(&c);
+}
+
+static void test_fork(void **state)
+{
+    struct child c;
+    child_start(&c, NULL);
+    populate(&c);
+    child_do(&c, "fork");
+    child_do(&c, "check 1");
+    struct bn_agent *a = attach(&c);
+    CHECK(bn_agent_close_gate(a, 5000, err));
+    CHECK(bn_agent_open_gate(a, err));
+    bn_agent_free(a);
+    child_end(&c);
+}
+
+int main(void)
+{
+    signal(SIGPIPE, SIG_IGN);
+    cu_load(&sim, need_env("BENNU_DRIVER"), RTLD_NOW | RTLD_LOCAL);
+    if (sim.cuInit(0) != CUDA_SUCCESS || sim.cuCtxCreate_v2(&sim_context, 0, 0) != CUDA_SUCCESS) {
+        fprintf(stderr, "the simulated driver does not start\n");
+        return 1;
+    }
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_rounds),       cmocka_unit_test(test_page),
+        cmocka_unit_test(test_threads_wait), cmocka_unit_test(test_killed_controllers),
+        cmocka_unit_test(test_refusals),     cmocka_unit_test(test_nothing_allocated),
+        cmocka_unit_test(test_malformed),    cmocka_unit_test(test_unread_answers),
+        cmocka_unit_test(test_low_limit),    cmocka_unit_test(test_no_descriptors_at_all),
+        cmocka_unit_test(test_fork),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
