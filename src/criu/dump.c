@@ -10,7 +10,7 @@
 
 /* On a failed dump the processes are still stopped: the daemon must answer at once. If it does not, closing the connection says
  * the same. */
-#define FAILED_END_SECONDS 10
+#define FAILED_END_SECONDS 5
 
 static struct {
     bool begun; /* PAUSE_DEVICES of the root has been here */

@@ -18,7 +18,7 @@
 #include <sys/syscall.h>
 #include <time.h>
 
-#define FAILED_END_SECONDS 10
+#define FAILED_END_SECONDS 5
 #define STILL_RESTORING 1 /* no value that CRIU hands to exit() */
 
 struct task {

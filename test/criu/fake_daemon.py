@@ -75,8 +75,11 @@ class Daemon:
         code, stage, text = order.get("error", [0, "", ""])
         ends = name in ("DUMP_END", "RESTORE_END")
         reply_body = b"" if code else struct.pack("<I", 0 if ends else order.get("value", 1))
-        sock.send(HEAD.pack(self.protocol.magic, self.protocol.version, kind, 1, code, stage.encode(), text.encode())
-                  + reply_body)
+        try:
+            sock.send(HEAD.pack(self.protocol.magic, self.protocol.version, kind, 1, code, stage.encode(),
+                                text.encode()) + reply_body)
+        except OSError:
+            return False
         return True
 
 

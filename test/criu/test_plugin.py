@@ -5,6 +5,7 @@ The processes that are dumped prove that they run by counting (counter.c). A fai
 """
 
 import argparse
+import contextlib
 import ctypes
 import errno
 import json
@@ -16,6 +17,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 
@@ -133,6 +135,16 @@ class PluginTest(unittest.TestCase):
     def start_daemon(self, **plan):
         self.daemon = fake_daemon.Listening(self.rundir, OPTIONS.control)
         self.daemon.plan.update(plan)
+
+    @contextlib.contextmanager
+    def hanging(self, request):
+        """The daemon does not answer this request while the body runs."""
+        release = threading.Event()
+        self.daemon.plan[request] = {"call": lambda _: release.wait()}
+        try:
+            yield
+        finally:
+            release.set()
 
     def requests(self):
         return [r["request"] for r in self.daemon.records]
@@ -307,6 +319,14 @@ class Dump(PluginTest):
         os.mkdir(self.images)
         self.daemon.plan.clear()
         self.assertEqual(self.dump(), 0)
+
+    def test_daemon_that_hangs_does_not_hang_a_failed_dump(self):
+        self.start_tree()
+        self.start_daemon()
+        os.mkdir(os.path.join(self.images, "pstree.img"))
+        with self.hanging("DUMP_END"):
+            self.assertNotEqual(self.dump(), 0)
+            self.assert_running()
 
     def test_end_fails_with_leave_running(self):
         self.start_tree()
@@ -567,6 +587,20 @@ class Restore(PluginTest):
             for pid in self.pids:
                 os.kill(pid, signal.SIGKILL)
             self.assertEqual(criu.wait(LONG), 0)
+
+    def test_foreground_restore_fails(self):
+        self.dump_for_restore(3)
+        self.daemon.plan["RESTORE_END"] = {"error": [errno.EIO, "verify", "a chunk is damaged"]}
+        self.assertNotEqual(self.criu("restore"), 0)
+        self.assertTrue("a chunk is damaged" in self.log("restore"))
+        self.tree = None
+        self.assert_dead()
+
+    def test_daemon_that_hangs_does_not_hang_a_failed_restore(self):
+        self.dump_for_restore(3)
+        self.daemon.plan["RESTORE_PROCESS"] = {"error": [errno.EIO, "driver", "restore refused"]}
+        with self.hanging("RESTORE_END"):
+            self.restore_fails("restore refused")
 
     def restore_fails(self, message):
         self.assertNotEqual(self.criu("restore", "-d"), 0)
