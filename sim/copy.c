@@ -199,8 +199,7 @@ static CUresult copy(const struct copy_request *req)
                                            .src_side = src_side_,            \
                                            .stream = hStream});              \
     }                                                                        \
-    SIM_ALIAS(name##_v2, name);                                              \
-    SIM_ALIAS(name##_v2_ptsz, name##_ptsz)
+    _Static_assert(1, "")
 
 COPY_SYNC(cuMemcpy, (CUdeviceptr dst, CUdeviceptr src, size_t n), (dst, src, n), dst, src, n, SIDE_ANY,
           SIDE_ANY);
@@ -232,6 +231,13 @@ COPY_ASYNC(cuMemcpyPeerAsync,
            (CUdeviceptr dst, CUcontext dctx, CUdeviceptr src, CUcontext sctx, size_t n, CUstream hStream),
            (dst, dctx, src, sctx, n, hStream), ((void)dctx, dst), ((void)sctx, src), n, SIDE_DEVICE,
            SIDE_DEVICE);
+
+SIM_ALIAS(cuMemcpyHtoDAsync_v2, cuMemcpyHtoDAsync);
+SIM_ALIAS(cuMemcpyHtoDAsync_v2_ptsz, cuMemcpyHtoDAsync_ptsz);
+SIM_ALIAS(cuMemcpyDtoHAsync_v2, cuMemcpyDtoHAsync);
+SIM_ALIAS(cuMemcpyDtoHAsync_v2_ptsz, cuMemcpyDtoHAsync_ptsz);
+SIM_ALIAS(cuMemcpyDtoDAsync_v2, cuMemcpyDtoDAsync);
+SIM_ALIAS(cuMemcpyDtoDAsync_v2_ptsz, cuMemcpyDtoDAsync_ptsz);
 
 static CUresult copy_2d(const CUDA_MEMCPY2D *c, CUstream handle, bool sync)
 {

@@ -26,7 +26,6 @@ static const struct {
     {"cuEventElapsedTime_v2", 12080},
     {"cuGetProcAddress_v2", 12000},
     {"cuGraphInstantiate_v2", 11000},
-    {"cuGraphInstantiateWithFlags", 11040},
     {"cuIpcOpenMemHandle_v2", 11000},
     {"cuMemAdvise_v2", 13000},
     {"cuMemPrefetchAsync_v2", 13000},
@@ -35,6 +34,7 @@ static const struct {
     {"cuStreamGetCaptureInfo_v2", 11030},
     {"cuStreamGetCaptureInfo_v3", 12030},
     {"cuStreamGetCtx_v2", 12050},
+    {"cuLaunchHostFunc_v2", 1000000}, /* newer than this driver */
 };
 
 static void *self;
@@ -80,6 +80,8 @@ static CUresult lookup(const char *name, void **out, int version, cuuint64_t fla
     *out = NULL;
     pthread_once(&once, open_self);
     /* Not the C library's names, which dlsym would find as well. */
+    if (strcmp(name, "cuGraphInstantiate") == 0 && version >= 12000)
+        name = "cuGraphInstantiateWithFlags"; /* what the plain name means since then */
     bool ours = self && strncmp(name, "cu", 2) == 0;
 
     for (size_t i = 0; ours && i < sizeof(suffixes) / sizeof(suffixes[0]) && !*out; i++) {

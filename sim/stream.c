@@ -377,6 +377,14 @@ SIM_FN_STREAM(cuStreamGetCtx, 0, (CUstream hStream, CUcontext *out), (hStream, o
     return rc;
 }
 
+SIM_FN_STREAM(cuStreamGetCtx_v2, 0, (CUstream hStream, CUcontext *out, CUgreenCtx *green),
+              (hStream, out, green))
+{
+    if (green)
+        *green = NULL;
+    return body_cuStreamGetCtx(hStream, out);
+}
+
 SIM_FN_STREAM(cuStreamGetId, 0, (CUstream hStream, unsigned long long *id), (hStream, id))
 {
     struct sim_ctx *ctx;

@@ -2,6 +2,7 @@
 
 /* The simulated driver's rules inside one process. */
 
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -430,6 +431,7 @@ static void lookups(void)
 
     OK(cuGetProcAddress_v2("cuMemAlloc", &p, 12000, 0, &status));
     CHECK(p == (void *)cuMemAlloc_v2 && status == CU_GET_PROC_ADDRESS_SUCCESS);
+    CHECK(dlsym(RTLD_DEFAULT, "cuMemAlloc") != p); /* each name has an address of its own */
     OK(cuGetProcAddress_v2("cuLaunchKernel", &p, 12000, CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM,
                            &status));
     OK(cuGetProcAddress_v2("cuLaunchKernel", &q, 12000, CU_GET_PROC_ADDRESS_LEGACY_STREAM, &status));
