@@ -47,7 +47,30 @@ static void build(void)
     order_count = n;
 }
 
-/* Our entry for the driver's function `real`; `name` decides between functions that share one address. NULL: unknown. */
+/* How well an entry's name fits the name asked for, where several functions share one address: the newest version of it. */
+static unsigned fit(const char *entry, const char *asked)
+{
+    size_t len = strlen(asked);
+    if (strncmp(entry, asked, len) != 0)
+        return 1;
+    const char *rest = entry + len;
+    if (!rest[0])
+        return 2;
+    return rest[0] == '_' && rest[1] == 'v' && rest[2] >= '1' && rest[2] <= '9' && !rest[3]
+               ? 2u + (unsigned)(rest[2] - '0')
+               : 1;
+}
+
+static void consider(unsigned fn, const char *name, unsigned *best, void **found)
+{
+    unsigned score = fit(bn_entries[fn].name, name);
+    if (score > *best) {
+        *best = score;
+        *found = bn_entries[fn].entry;
+    }
+}
+
+/* Our entry for the driver's function `real`. NULL: unknown. */
 static void *entry_for(void *real, const char *name)
 {
     uint32_t seen = 0;
@@ -56,10 +79,11 @@ static void *entry_for(void *real, const char *name)
         bn_store_rel(&order_state, 2);
     }
     void *found = NULL;
+    unsigned best = 0;
     if (bn_load_acq(&order_state) != 2) {
         for (unsigned fn = 0; fn < BN_FN_COUNT; fn++)
-            if (*bn_real_slot(fn) == real && (!found || strcmp(bn_entries[fn].name, name) == 0))
-                found = bn_entries[fn].entry;
+            if (*bn_real_slot(fn) == real)
+                consider(fn, name, &best, &found);
         return found;
     }
     unsigned low = 0, high = order_count;
@@ -71,8 +95,7 @@ static void *entry_for(void *real, const char *name)
             high = mid;
     }
     for (; low < order_count && address(order[low]) == (uintptr_t)real; low++)
-        if (!found || strcmp(bn_entries[order[low]].name, name) == 0)
-            found = bn_entries[order[low]].entry;
+        consider(order[low], name, &best, &found);
     return found;
 }
 
