@@ -1,8 +1,9 @@
 /* The driver's own checkpoint of a process: cuCheckpointProcess*, with answers that a person can act on.
  *
- * What the codes mean beyond the reference: measured on driver 580 (docs/ARCHITECTURE.md), or from NVIDIA/cuda-checkpoint's issues
- * 41 (a thread's number is taken for its process) and 44 (a restore that ran out of memory is final: 304, then 401), and from
- * ai-dynamo/snapshot, whose helper reads INVALID_VALUE for a living process as "no CUDA in it". */
+ * What the codes mean beyond the reference: measured on driver 580 (docs/ARCHITECTURE.md), or from
+ * NVIDIA/cuda-checkpoint's issues 41 (a thread's number is taken for its process) and 44 (a restore that
+ * ran out of memory is final: 304, then 401), and from ai-dynamo/snapshot, whose helper reads
+ * INVALID_VALUE for a living process as "no CUDA in it". */
 #include "gpu/driver.h"
 
 #include "base/cleanup.h"
@@ -17,7 +18,7 @@
 
 #define STAGE_STATE "driver-state"
 
-/* ---- The process, without the driver ------------------------------------------------------------------------- */
+/* ---- The process, without the driver ------------------------------------------------------------------- */
 
 struct who {
     char text[64]; /* "process 123 (python3)" */
@@ -119,7 +120,7 @@ static int check_driver(const struct bn_gpu *gpu, bool pairs, const char *stage,
     return 0;
 }
 
-/* ---- State ---------------------------------------------------------------------------------------------------- */
+/* ---- State --------------------------------------------------------------------------------------------- */
 
 /* The driver did not give a state. Nothing is concluded from its code alone. */
 static int no_state(pid_t pid, CUresult c, enum bn_ckpt_state *state, struct bn_error *err)
@@ -184,7 +185,7 @@ int bn_ckpt_thread(struct bn_gpu *gpu, pid_t pid, pid_t *tid, struct bn_error *e
     return bn_cuda_fail(err, c, STAGE_STATE, "%s: the driver's thread in it cannot be found", who(pid).text);
 }
 
-/* ---- The four steps --------------------------------------------------------------------------------------------- */
+/* ---- The four steps ------------------------------------------------------------------------------------ */
 
 enum step { LOCK, CHECKPOINT, RESTORE, UNLOCK };
 

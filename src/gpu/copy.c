@@ -1,5 +1,5 @@
-/* Copy jobs: their life, their progress, and the staging buffers they share. How bytes move is in copy_direct.c and
- * copy_stream.c. */
+/* Copy jobs: their life, their progress, and the staging buffers they share. How bytes move is in
+ * copy_direct.c and copy_stream.c. */
 #include "gpu/copy.h"
 
 #include "base/cleanup.h"
@@ -15,7 +15,7 @@
 #define BUFFER_DEFAULT (UINT64_C(16) << 20)
 #define WORKERS_MAX 64u
 
-/* ---- The copier ------------------------------------------------------------------------------------------------- */
+/* ---- The copier ---------------------------------------------------------------------------------------- */
 
 struct bn_copier {
     struct bn_gpu *gpu;
@@ -159,7 +159,7 @@ void bn_copier_return(struct bn_copier *c, struct bn_mem **buffers, unsigned n)
     pthread_mutex_unlock(&c->lock);
 }
 
-/* ---- For the threads of a job ------------------------------------------------------------------------------------- */
+/* ---- For the threads of a job -------------------------------------------------------------------------- */
 
 bool bn_copy_next(struct bn_copy *job, uint64_t max, uint64_t *off, uint64_t *bytes, uint64_t *mem_off)
 {
@@ -208,7 +208,7 @@ void bn_copy_fail_cuda(struct bn_copy *job, CUresult c, const char *what)
     bn_copy_fail(job, r, &err);
 }
 
-/* ---- A job's life --------------------------------------------------------------------------------------------------- */
+/* ---- A job's life -------------------------------------------------------------------------------------- */
 
 static bool streamed(const struct bn_copy_spec *spec)
 {

@@ -24,8 +24,8 @@ struct bn_copy {
     uint64_t at_off; /* … from this byte on */
 };
 
-/* The next range of the set to copy, at most `max` bytes of one extent. False when there is no more, or the job shall stop.
- * *mem_off: as the extent says. */
+/* The next range of the set to copy, at most `max` bytes of one extent. False when there is no more, or
+ * the job shall stop. *mem_off: as the extent says. */
 bool bn_copy_next(struct bn_copy *job, uint64_t max, uint64_t *off, uint64_t *bytes, uint64_t *mem_off);
 /* The first failure is the job's. Stops it. */
 void bn_copy_fail(struct bn_copy *job, int r, const struct bn_error *err);
@@ -35,8 +35,8 @@ void bn_copy_fail_cuda(struct bn_copy *job, CUresult c, const char *what);
 void bn_copy_direct(struct bn_copy *job);
 void bn_copy_streamed(struct bn_copy *job);
 
-/* Staging buffers of bn_copier_buffer() bytes: an even number, at most `want`, at least 2; waits while all are lent. 0: the job was
- * stopped, or failed meanwhile. */
+/* Staging buffers of bn_copier_buffer() bytes: an even number, at most `want`, at least 2; waits while all
+ * are lent. 0: the job was stopped, or failed meanwhile. */
 unsigned bn_copier_lend(struct bn_copier *copier, struct bn_copy *job, struct bn_mem **buffers,
                         unsigned want);
 void bn_copier_return(struct bn_copier *copier, struct bn_mem **buffers, unsigned n);

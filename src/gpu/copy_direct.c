@@ -1,7 +1,8 @@
 /* Direct copies between a set and pinned memory.
  *
- * Two streams take turns, each with batches of up to 64 MiB; four batches are under way at a time. That keeps the link busy whatever
- * the size of the pieces, and bounds what a cancelled job still has to wait for. */
+ * Two streams take turns, each with batches of up to 64 MiB; four batches are under way at a time. That
+ * keeps the link busy whatever the size of the pieces, and bounds what a cancelled job still has to wait
+ * for. */
 #include "gpu/copy.h"
 
 #include <errno.h>

@@ -1,7 +1,8 @@
 /* Streamed copies: a set on one side, a callback on the other, staging buffers between.
  *
- * Every worker thread has a stream and two buffers of its own and needs no other worker: while its callback works on one buffer the
- * other one is being copied. Buffers of all workers queue up at the GPU's copy engine, which takes them in turn. */
+ * Every worker thread has a stream and two buffers of its own and needs no other worker: while its
+ * callback works on one buffer the other one is being copied. Buffers of all workers queue up at the GPU's
+ * copy engine, which takes them in turn. */
 #include "gpu/copy.h"
 
 #include <errno.h>

@@ -1,5 +1,6 @@
-/* CUDA result codes as errors: the one place where they are told apart. Meanings: CUDA driver API reference, section "Data types
- * used by CUDA driver"; what the checkpoint calls answer is in checkpoint.c. */
+/* CUDA result codes as errors: the one place where they are told apart. Meanings: CUDA driver API
+ * reference, section "Data types used by CUDA driver"; what the checkpoint calls answer is in
+ * checkpoint.c. */
 #include "gpu/driver.h"
 
 #include <errno.h>

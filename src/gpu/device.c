@@ -22,7 +22,8 @@ int bn_gpu_find(const struct bn_gpu *gpu, const uint8_t uuid[16])
     return -ENODEV;
 }
 
-/* The primary context is kept once made: making one costs more than anything else a suspend does on a small process. */
+/* The primary context is kept once made: making one costs more than anything else a suspend does on a
+ * small process. */
 static int context(struct bn_gpu *gpu, unsigned dev, CUcontext *out, const char *stage, struct bn_error *err)
 {
     if (dev >= gpu->count)
@@ -32,7 +33,8 @@ static int context(struct bn_gpu *gpu, unsigned dev, CUcontext *out, const char 
     CUresult r = CUDA_SUCCESS;
     pthread_mutex_lock(&d->lock);
     if (!d->ctx) {
-        /* Threads that wait for a copy sleep instead of spinning. Refused where somebody else has made the context already. */
+        /* Threads that wait for a copy sleep instead of spinning. Refused where somebody else has made the
+         * context already. */
         gpu->cu.DevicePrimaryCtxSetFlags(d->cu, CU_CTX_SCHED_BLOCKING_SYNC);
         CUcontext ctx;
         r = gpu->cu.DevicePrimaryCtxRetain(&ctx, d->cu);

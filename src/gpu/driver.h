@@ -8,8 +8,8 @@
 
 #define BN_GPU_DEVICES_MAX 64u
 
-/* name of the field, name of the symbol, parameters. The versioned symbols are the ones a program compiled against cuda.h 12
- * binds to; all of those under NEED exist since CUDA 11.2. */
+/* name of the field, name of the symbol, parameters. The versioned symbols are the ones a program compiled
+ * against cuda.h 12 binds to; all of those under NEED exist since CUDA 11.2. */
 #define BN_DRIVER_NEED(F)                                                                               \
     F(Init, cuInit, (unsigned flags))                                                                   \
     F(DriverGetVersion, cuDriverGetVersion, (int *version))                                             \
@@ -101,7 +101,7 @@ unsigned bn_gpu_any_warm(struct bn_gpu *gpu);
 int bn_gpu_thread(pthread_t *thread, void *(*run)(void *), void *arg);
 unsigned bn_gpu_cores(void);
 
-/* ---- CUDA codes (cuda_error.c) -------------------------------------------------------------------------------- */
+/* ---- CUDA codes (cuda_error.c) ------------------------------------------------------------------------- */
 
 /* Positive errno for a code; never 0. */
 int bn_cuda_errno(CUresult r);
@@ -113,7 +113,7 @@ const char *bn_cuda_words(CUresult r);
 int bn_cuda_fail(struct bn_error *err, CUresult r, const char *stage, const char *fmt, ...)
     __attribute__((format(printf, 4, 5)));
 
-/* ---- What copies need of the pool ------------------------------------------------------------------------------ */
+/* ---- What copies need of the pool ---------------------------------------------------------------------- */
 
 /* As bn_mem_piece, but *len also stops where one registration ends: the driver refuses a copy across two. */
 void *bn_mem_dma_piece(const struct bn_mem *mem, uint64_t off, uint64_t *len);

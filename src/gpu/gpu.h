@@ -1,12 +1,14 @@
-/* Everything Bennu asks of a GPU: devices, sets of device memory, pinned host memory, copies, and the driver's checkpoint
- * calls. One implementation: the CUDA driver API, opened at run time. The simulated driver is another file behind the
- * same calls.
+/* Everything Bennu asks of a GPU: devices, sets of device memory, pinned host memory, copies, and the
+ * driver's checkpoint calls. One implementation: the CUDA driver API, opened at run time. The simulated
+ * driver is another file behind the same calls.
  *
- * Threads: every function may be called from any thread, several at once, unless its comment says otherwise. CUDA contexts are
- * pushed and popped inside; the caller's current context is as before. Nothing here logs.
+ * Threads: every function may be called from any thread, several at once, unless its comment says
+ * otherwise. CUDA contexts are pushed and popped inside; the caller's current context is as before.
+ * Nothing here logs.
  *
- * Results: 0 (or a value >= 0 where said) or a negative errno, and `err` (may be NULL) filled with a message that names the
- * device, the size or the process. Outputs are written on success only. Destructors take NULL.
+ * Results: 0 (or a value >= 0 where said) or a negative errno, and `err` (may be NULL) filled with a
+ * message that names the device, the size or the process. Outputs are written on success only. Destructors
+ * take NULL.
  *
  * Sizes and offsets are bytes. Device memory is counted in multiples of BN_GPU_CHUNK.
  */
@@ -19,10 +21,11 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-/* Smallest unit of device memory (the granularity of cuMemCreate on every GPU so far), of copies and of images. */
+/* Smallest unit of device memory (the granularity of cuMemCreate on every GPU so far), of copies and of
+ * images. */
 #define BN_GPU_CHUNK (UINT64_C(2) << 20)
 
-/* ---- The driver and its devices ------------------------------------------------------------------------------ */
+/* ---- The driver and its devices ------------------------------------------------------------------------ */
 
 struct bn_gpu; /* an opened driver */
 
@@ -32,19 +35,20 @@ struct bn_gpu_info {
     char pci[24];          /* "0000:18:00.0" */
     unsigned major, minor; /* compute capability */
     uint64_t total;        /* bytes of memory */
-    bool
-        shareable; /* can hand memory over by file descriptor: without it Bennu leaves this GPU to the driver */
-    bool rdma;     /* memory can be created with BN_GPU_RDMA */
-    bool compression; /* memory can be created with BN_GPU_COMPRESSED */
+    bool shareable;        /* can hand memory over by descriptor; if not, Bennu leaves it to the driver */
+    bool rdma;             /* memory can be created with BN_GPU_RDMA */
+    bool compression;      /* memory can be created with BN_GPU_COMPRESSED */
 };
 
-/* Load the driver (`driver_path`, or the system's libcuda.so.1 when NULL: the caller decides what the environment says), check
- * that it is not Bennu's own stand-in, initialise it, read the devices. Takes 0.1 to 0.2 s, creates no context.
- * -ENOENT: no driver installed; -ENODEV: no GPU; -ENOSYS: driver too old for sharing memory at all; -EIO: the driver does
- * not start. Devices are numbered as the driver numbers them for this process (CUDA_VISIBLE_DEVICES counts). */
+/* Load the driver (`driver_path`, or the system's libcuda.so.1 when NULL: the caller decides what the
+ * environment says), check that it is not Bennu's own stand-in, initialise it, read the devices. Takes 0.1
+ * to 0.2 s, creates no context. -ENOENT: no driver installed; -ENODEV: no GPU; -ENOSYS: driver too old for
+ * sharing memory at all; other: it does not start. Devices are numbered as the driver numbers them
+ * for this process (CUDA_VISIBLE_DEVICES counts). */
 int bn_gpu_open(const char *driver_path, struct bn_gpu **out, struct bn_error *err);
 
-/* After everything made from it was freed. Releases the contexts; the library stays loaded (the driver does not unload well). */
+/* After everything made from it was freed. Releases the contexts; the library stays loaded (the driver
+ * does not unload well). */
 void bn_gpu_close(struct bn_gpu *gpu);
 
 const char *bn_gpu_driver_path(const struct bn_gpu *gpu); /* the file that was loaded */
@@ -52,23 +56,25 @@ unsigned bn_gpu_driver_version(const struct bn_gpu *gpu); /* as cuDriverGetVersi
 bool bn_gpu_simulated(const struct bn_gpu *gpu);
 
 unsigned bn_gpu_count(const struct bn_gpu *gpu);
-const struct bn_gpu_info *bn_gpu_info(const struct bn_gpu *gpu,
-                                      unsigned dev); /* NULL: no such device. Lives as long as gpu. */
+/* NULL: no such device. Lives as long as gpu. */
+const struct bn_gpu_info *bn_gpu_info(const struct bn_gpu *gpu, unsigned dev);
 /* Number of the device with this UUID, or -ENODEV. */
 int bn_gpu_find(const struct bn_gpu *gpu, const uint8_t uuid[16]);
 
-/* Create the device's context now (0.1 to 0.2 s) instead of at the first use. It then stays until bn_gpu_close. */
+/* Create the device's context now (0.1 to 0.2 s) instead of at the first use. It then stays until
+ * bn_gpu_close. */
 int bn_gpu_warm(struct bn_gpu *gpu, unsigned dev, struct bn_error *err);
 
 /* Memory free at this moment, for everybody on the device, and in all. Warms the device. */
 int bn_gpu_mem_info(struct bn_gpu *gpu, unsigned dev, uint64_t *free_bytes, uint64_t *total,
                     struct bn_error *err);
 
-/* ---- Sets of device memory ----------------------------------------------------------------------------------- */
+/* ---- Sets of device memory ----------------------------------------------------------------------------- */
 
-/* A set is a row of blocks of one device, mapped one behind the other in one address range of ours, in the order given: to us it
- * is one piece of memory with offsets from 0, however many handles lie behind it. A block is one physical handle, held by a
- * file descriptor; a set of one block is how a single block is made. */
+/* A set is a row of blocks of one device, mapped one behind the other in one address range of ours, in the
+ * order given: to us it is one piece of memory with offsets from 0, however many handles lie behind it. A
+ * block is one physical handle, held by a file descriptor; a set of one block is how a single block is
+ * made. */
 struct bn_gpu_set;
 
 #define BN_GPU_RDMA 1u /* same bits as BN_SEGMENT_RDMA … on the wire */
@@ -80,18 +86,20 @@ struct bn_gpu_block {
     int fd;         /* import: descriptor of the handle. create: ignored */
 };
 
-/* Import `n` >= 1 blocks from descriptors that came out of another process (or out of bn_gpu_set_fd). Takes the descriptors over
- * on success: they are closed with the set, since an imported handle cannot be exported again. On failure they stay the
- * caller's. The descriptors may come from a hostile process: a wrong one is refused (-EINVAL), too large a size as well. The content is left alone. */
+/* Import `n` >= 1 blocks from descriptors that came out of another process (or out of bn_gpu_set_fd).
+ * Takes the descriptors over on success: they are closed with the set, since an imported handle cannot be
+ * exported again. On failure they stay the caller's. The descriptors may come from a hostile process: a
+ * wrong one is refused (-EINVAL), too large a size as well. The content is left alone. */
 int bn_gpu_set_import(struct bn_gpu *gpu, unsigned dev, const struct bn_gpu_block *blocks, size_t n,
                       struct bn_gpu_set **out, struct bn_error *err);
 
-/* Create `n` >= 1 shareable blocks. Content undefined. -ENOMEM: not enough free memory on the device (nothing is left allocated).
- */
+/* Create `n` >= 1 shareable blocks. Content undefined. -ENOMEM: not enough free memory on the device
+ * (nothing is left allocated). */
 int bn_gpu_set_create(struct bn_gpu *gpu, unsigned dev, const struct bn_gpu_block *blocks, size_t n,
                       struct bn_gpu_set **out, struct bn_error *err);
 
-/* Unmap, release, close. The memory itself lives on while another process has it mapped. No copy of it may be under way. */
+/* Unmap, release, close. The memory itself lives on while another process has it mapped. No copy of it may
+ * be under way. */
 void bn_gpu_set_free(struct bn_gpu_set *set);
 
 size_t bn_gpu_set_count(const struct bn_gpu_set *set);
@@ -101,23 +109,25 @@ unsigned bn_gpu_set_device(const struct bn_gpu_set *set);
 uint64_t bn_gpu_set_offset(const struct bn_gpu_set *set, size_t i);
 uint64_t bn_gpu_set_size(const struct bn_gpu_set *set, size_t i);
 uint32_t bn_gpu_set_flags(const struct bn_gpu_set *set, size_t i);
-/* Descriptor of block `i`, borrowed: what came in, or exported at the first call. Valid until the set is freed. */
+/* Descriptor of block `i`, borrowed: what came in, or exported at the first call. Valid until the set is
+ * freed. */
 int bn_gpu_set_fd(struct bn_gpu_set *set, size_t i, struct bn_error *err);
 /* Device address of offset 0, for kernels and tests. */
 uint64_t bn_gpu_set_ptr(const struct bn_gpu_set *set);
 
-/* ---- Pinned host memory --------------------------------------------------------------------------------------- */
+/* ---- Pinned host memory -------------------------------------------------------------------------------- */
 
-/* Host memory in a memfd, registered once with the driver for every device, handed out and taken back in multiples of
- * BN_GPU_CHUNK. It grows by slabs when asked for more than it has. */
+/* Host memory in a memfd, registered once with the driver for every device, handed out and taken back in
+ * multiples of BN_GPU_CHUNK. It grows by slabs when asked for more than it has. */
 struct bn_pool;
 
 struct bn_pool_config {
     uint64_t limit; /* bytes at most; 0: as much as the machine gives */
     uint64_t keep;  /* bytes that bn_pool_trim leaves registered */
     uint64_t slab;  /* growth step, multiple of BN_GPU_CHUNK; 0: 256 MiB */
-    unsigned
-        threads; /* that touch new memory (a first touch costs far more than the copy into it); 0: one a core, at most 16 */
+    /* Threads that touch new memory: a first touch costs far more than the copy into it. 0: one a core, at
+     * most 16. */
+    unsigned threads;
 };
 
 struct bn_pool_stats {
@@ -142,25 +152,26 @@ int bn_pool_fd(const struct bn_pool *pool);
 /* An allocation: one row of bytes from 0 to its size, in as few contiguous pieces as the pool had. */
 struct bn_mem;
 
-/* `bytes` > 0 is rounded up to BN_GPU_CHUNK. Content undefined. -ENOMEM: the limit, or the machine, does not allow it. */
+/* `bytes` > 0 is rounded up to BN_GPU_CHUNK. Content undefined. -ENOMEM: the limit, or the machine, does
+ * not allow it. */
 int bn_mem_alloc(struct bn_pool *pool, uint64_t bytes, struct bn_mem **out, struct bn_error *err);
 void bn_mem_free(struct bn_mem *mem);
 uint64_t bn_mem_bytes(const struct bn_mem *mem);
-/* Address of `off` (< bytes); *len (may be NULL) is how many bytes from there on are contiguous, *fd_off (may be NULL) where it
- * lies in bn_pool_fd. */
+/* Address of `off` (< bytes); *len (may be NULL) is how many bytes from there on are contiguous, *fd_off
+ * (may be NULL) where it lies in bn_pool_fd. */
 void *bn_mem_piece(const struct bn_mem *mem, uint64_t off, uint64_t *len, uint64_t *fd_off);
 
-/* ---- Copies ---------------------------------------------------------------------------------------------------- */
+/* ---- Copies -------------------------------------------------------------------------------------------- */
 
-/* The copier lends staging buffers to jobs and starts their threads. One for a process is enough: jobs run side by side, each
- * with a bounded number of buffers in flight, so that they share the link evenly. */
+/* The copier lends staging buffers to jobs and starts their threads. One for a process is enough: jobs run
+ * side by side, each with a bounded number of buffers in flight, so that they share the link evenly. */
 struct bn_copier;
 
 struct bn_copier_config {
     uint64_t buffer;  /* bytes of a staging buffer, multiple of BN_GPU_CHUNK; 0: 16 MiB */
     unsigned workers; /* threads of a streamed job; 0: one a core, at most 8. Each has two buffers. */
-    unsigned
-        buffers; /* staging buffers for all jobs together; 0: enough for four jobs. Jobs beyond get fewer, or wait. */
+    /* Staging buffers for all jobs together. Jobs beyond get fewer, or wait. 0: enough for four jobs. */
+    unsigned buffers;
 };
 
 /* `gpu` must outlive it. Buffers are pinned at first use and kept. */
@@ -185,9 +196,10 @@ struct bn_copy_extent {
     uint64_t mem_off; /* direct copies: where in mem */
 };
 
-/* Called by the job's threads, several at once, in any order, each chunk exactly once. `chunk` is the set's offset divided by
- * BN_GPU_CHUNK; `data` is pinned memory, aligned to a page at least, valid until the call returns. 0, or a negative errno with
- * `err` filled or not: the first failure stops the job and becomes its result. */
+/* Called by the job's threads, several at once, in any order, each chunk exactly once. `chunk` is the
+ * set's offset divided by BN_GPU_CHUNK; `data` is pinned memory, aligned to a page at least, valid until
+ * the call returns. 0, or a negative errno with `err` filled or not: the first failure stops the job and
+ * becomes its result. */
 typedef int (*bn_copy_consume_fn)(void *arg, uint64_t chunk, unsigned nchunks, const void *data,
                                   struct bn_error *err);
 /* As above, and must fill all of nchunks * BN_GPU_CHUNK bytes. */
@@ -198,9 +210,8 @@ struct bn_copy_spec {
     enum bn_copy_mode mode;
     struct bn_gpu_set *set;
     struct bn_mem *mem; /* direct modes */
-    const struct bn_copy_extent
-        *extents; /* copied by bn_copy_start; must not overlap. NULL: the whole set, at the same
-                                             offsets in mem */
+    /* Copied by bn_copy_start; must not overlap. NULL: the whole set, at the same offsets in mem. */
+    const struct bn_copy_extent *extents;
     size_t nextents;
     bn_copy_consume_fn consume; /* BN_COPY_OUT */
     bn_copy_produce_fn produce; /* BN_COPY_IN */
@@ -224,13 +235,14 @@ int bn_copy_fd(const struct bn_copy *job);
 bool bn_copy_ended(const struct bn_copy *job);
 
 typedef void (*bn_copy_progress_fn)(void *arg, uint64_t done, uint64_t total);
-/* Wait for the end and return the result. `progress` (may be NULL) is called here every `interval_ms`. May be called again. */
+/* Wait for the end and return the result. `progress` (may be NULL) is called here every `interval_ms`. May
+ * be called again. */
 int bn_copy_wait(struct bn_copy *job, bn_copy_progress_fn progress, void *arg, unsigned interval_ms,
                  struct bn_error *err);
 /* Cancels and waits where need be. After it nobody touches set, mem or arg any more. */
 void bn_copy_free(struct bn_copy *job);
 
-/* ---- The driver's own checkpoint -------------------------------------------------------------------------------- */
+/* ---- The driver's own checkpoint ----------------------------------------------------------------------- */
 
 enum bn_ckpt_state {
     BN_CKPT_RUNNING,
@@ -238,16 +250,19 @@ enum bn_ckpt_state {
     BN_CKPT_CHECKPOINTED,
     BN_CKPT_FAILED,  /* lost: the driver can neither restore nor unlock it */
     BN_CKPT_NO_CUDA, /* the process lives and has never initialised CUDA */
-    BN_CKPT_FILES_ONLY, /* the driver knows no CUDA in it, but it holds the GPU's device files: a child forked without exec,
-                           a user of NVML alone, or cuInit under way. The driver does nothing for it; CRIU cannot dump it. */
+    /* The driver knows no CUDA in it, but it holds the GPU's device files: a child forked without exec, a user
+     * of NVML alone, or cuInit under way. The driver does nothing for it, and CRIU cannot dump it. */
+    BN_CKPT_FILES_ONLY,
 };
 
-/* What the driver says of a process. "No CUDA" is not read from the driver's error alone (it answers INVALID_VALUE for that and
- * for more): the process must live, be a process and not a thread, and hold none of the GPU's device files.
- * -ESRCH: no such process; -ENOSYS: the driver (older than 570) has no checkpoint calls. */
+/* What the driver says of a process. "No CUDA" is not read from the driver's error alone (it answers
+ * INVALID_VALUE for that and for more): the process must live, be a process and not a thread, and hold
+ * none of the GPU's device files. -ESRCH: no such process; -ENOSYS: the driver (older than 570) has no
+ * checkpoint calls. */
 int bn_ckpt_state(struct bn_gpu *gpu, pid_t pid, enum bn_ckpt_state *state, struct bn_error *err);
 
-/* The thread of the process through which the driver acts on it (it must be able to run for the calls below). */
+/* The thread of the process through which the driver acts on it (it must be able to run for the calls
+ * below). */
 int bn_ckpt_thread(struct bn_gpu *gpu, pid_t pid, pid_t *tid, struct bn_error *err);
 
 struct bn_ckpt_pair {
@@ -255,15 +270,19 @@ struct bn_ckpt_pair {
 };
 
 /* The four steps; each blocks as long as the driver needs, in lock at most timeout_ms (0: no limit). Errors:
- *   -ESRCH    no such process              -ENODEV  it has no CUDA state
- *   -ENOTSUP  the driver cannot checkpoint what the process does (MPS client, managed memory, peer mappings): text says
- *   -EBUSY    lock: work on the GPU did not end in time   -EINVAL  the process is in another state than the step needs
- *   -ENOMEM   restore: not enough free memory on the GPU  -ENOSYS  no checkpoint calls, or (pairs) older than 580
- *   -EIO      anything else; after a failed restore the process is lost
+ *   -ESRCH    no such process
+ *   -ENODEV   it has no CUDA state
+ *   -EINVAL   it is in another state than the step needs, or a thread
+ *   -ENOTSUP  the driver cannot checkpoint what it does (MPS, managed memory, peer mappings): the text says
+ *   -EBUSY    lock: work on the GPU did not end in time
+ *   -ENOMEM   restore: not enough free memory on the GPU
+ *   -ENOSYS   no checkpoint calls in this driver, or (pairs) older than 580
+ *   other     the driver's own reason; after a failed restore the process is lost
  * After a failed checkpoint the process is still locked: unlock it. */
 int bn_ckpt_lock(struct bn_gpu *gpu, pid_t pid, unsigned timeout_ms, struct bn_error *err);
 int bn_ckpt_checkpoint(struct bn_gpu *gpu, pid_t pid, struct bn_error *err);
-/* `pairs` NULL: onto the GPUs it came from. Otherwise every GPU of the machine must be listed, same chip type each. */
+/* `pairs` NULL: onto the GPUs it came from. Otherwise every GPU of the machine must be listed, same chip
+ * type each. */
 int bn_ckpt_restore(struct bn_gpu *gpu, pid_t pid, const struct bn_ckpt_pair *pairs, size_t n,
                     struct bn_error *err);
 int bn_ckpt_unlock(struct bn_gpu *gpu, pid_t pid, struct bn_error *err);

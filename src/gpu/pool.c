@@ -1,8 +1,9 @@
 /* Pinned host memory.
  *
- * One memfd and one mapping of its full length, empty at first. It is populated and registered slab by slab, always from the
- * start; a first touch of memory runs at about 1 GB/s a thread on a virtual machine, registering touched memory at 20 GB/s and
- * more, so several threads touch small pieces and whoever finishes a slab registers it while the others go on.
+ * One memfd and one mapping of its full length, empty at first. It is populated and registered slab by
+ * slab, always from the start; a first touch of memory runs at about 1 GB/s a thread on a virtual machine,
+ * registering touched memory at 20 GB/s and more, so several threads touch small pieces and whoever
+ * finishes a slab registers it while the others go on.
  */
 #include "gpu/driver.h"
 
@@ -43,7 +44,7 @@ struct bn_pool {
 
     pthread_mutex_t lock; /* of everything below, and of slabs[].live */
     pthread_cond_t grown;
-    bool growing; /* somebody grows the pool, without the lock */
+    bool growing; /* somebody grows or trims the pool, without the lock */
     uint64_t registered, used;
     struct range *free; /* sorted by offset, never adjacent, only in live slabs */
     size_t nfree, capfree;
@@ -65,9 +66,10 @@ static uint64_t slab_bytes(const struct bn_pool *pool, size_t i)
     return left < pool->config.slab ? left : pool->config.slab;
 }
 
-/* ---- Free ranges ----------------------------------------------------------------------------------------------- */
+/* ---- Free ranges --------------------------------------------------------------------------------------- */
 
-/* Room for `extra` more ranges beside one for every piece that is out: giving memory back must not need memory. */
+/* Room for `extra` more ranges beside one for every piece that is out: giving memory back must not need
+ * memory. */
 static int ranges_room(struct bn_pool *pool, size_t extra)
 {
     size_t need = pool->nfree + pool->pieces_out + extra;
@@ -144,7 +146,7 @@ static size_t range_pick(const struct bn_pool *pool, uint64_t want)
     return best;
 }
 
-/* ---- Growing --------------------------------------------------------------------------------------------------- */
+/* ---- Growing ------------------------------------------------------------------------------------------- */
 
 struct grow_slab {
     size_t index;
@@ -278,7 +280,8 @@ static void grow_threads(struct grow *g, uint64_t bytes)
         pthread_join(threads[--n], NULL);
 }
 
-/* Grow by whole slabs, at least `need` bytes. Called with the lock, which it releases meanwhile; pool->growing is true. */
+/* Grow by whole slabs, at least `need` bytes. Called with the lock, which it releases meanwhile;
+ * pool->growing is true. */
 static int grow(struct bn_pool *pool, uint64_t need, struct bn_error *err)
 {
     struct grow g = {.pool = pool, .dev = bn_gpu_any_warm(pool->gpu), .before = pool->registered};
@@ -352,7 +355,7 @@ static int ensure_free(struct bn_pool *pool, uint64_t bytes, struct bn_error *er
     return 0;
 }
 
-/* ---- Public ----------------------------------------------------------------------------------------------------- */
+/* ---- Public -------------------------------------------------------------------------------------------- */
 
 static int pool_map(struct bn_pool *pool, struct bn_error *err)
 {
@@ -367,7 +370,8 @@ static int pool_map(struct bn_pool *pool, struct bn_error *err)
         return bn_error_set(err, errno, STAGE, "%llu MiB cannot be mapped: %s.", MIB(pool->length),
                             strerror(errno));
     pool->base = p;
-    /* Hints: larger pages where the machine allows them for shared memory; nothing of this in children or core files. */
+    /* Hints: larger pages where the machine allows them for shared memory; nothing of this in children or
+     * core files. */
     madvise(p, pool->length, MADV_HUGEPAGE);
     madvise(p, pool->length, MADV_DONTFORK);
     madvise(p, pool->length, MADV_DONTDUMP);
@@ -452,6 +456,9 @@ static size_t covering(const struct bn_pool *pool, size_t i)
 void bn_pool_trim(struct bn_pool *pool)
 {
     pthread_mutex_lock(&pool->lock);
+    while (pool->growing)
+        pthread_cond_wait(&pool->grown, &pool->lock);
+    pool->growing = true; /* shrinking, this time: it takes a while and needs to be alone, too */
     for (size_t i = pool->nslabs; i-- > 0;) {
         uint64_t len = slab_bytes(pool, i);
         if (!pool->slabs[i].live || pool->registered < len || pool->registered - len < pool->config.keep)
@@ -461,10 +468,13 @@ void bn_pool_trim(struct bn_pool *pool)
             continue;
         range_cut(pool, k, i * pool->config.slab, len);
         pool->registered -= len;
-        /* With the lock, which a few milliseconds do not hurt: nobody may grow into the slab before it is unregistered. */
+        pthread_mutex_unlock(&pool->lock);
         slab_drop(pool, i, pool->slabs[i].dev, true);
+        pthread_mutex_lock(&pool->lock);
         pool->slabs[i].live = false;
     }
+    pool->growing = false;
+    pthread_cond_broadcast(&pool->grown);
     pthread_mutex_unlock(&pool->lock);
 }
 

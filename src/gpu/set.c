@@ -1,7 +1,8 @@
 /* Sets of device memory: many handles in one address range.
  *
- * One reservation, one map a block, one cuMemSetAccess over the whole: linear in the number of blocks, and a copy of any length
- * runs across block borders. Handles are kept until the set goes, since a created block is exported only when asked for. */
+ * One reservation, one map a block, one cuMemSetAccess over the whole: linear in the number of blocks, and
+ * a copy of any length runs across block borders. Handles are kept until the set goes, since a created
+ * block is exported only when asked for. */
 #include "gpu/driver.h"
 
 #include "base/cleanup.h"

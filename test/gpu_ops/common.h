@@ -1,5 +1,5 @@
-/* What the tests of src/gpu share. They run on the simulated driver ($BENNU_BUILD/sim/libcuda.so.1), or on the driver that
- * BENNU_TEST_DRIVER names, where the tests of injected failures skip themselves. */
+/* What the tests of src/gpu share. They run on the simulated driver ($BENNU_BUILD/sim/libcuda.so.1), or on
+ * the driver that BENNU_TEST_DRIVER names, where the tests of injected failures skip themselves. */
 #pragma once
 
 #include <setjmp.h>
@@ -49,7 +49,8 @@ int pattern_check(const void *data, uint64_t seed, uint64_t chunk, unsigned nchu
 int set_fill(struct bn_copier *copier, struct bn_gpu_set *set, uint64_t seed);
 int set_check(struct bn_copier *copier, struct bn_gpu_set *set, uint64_t seed);
 
-/* This program started again as `helper MODE`, with a SOCK_SEQPACKET socket on descriptor 3. `env` may be NULL ("NAME=value"). */
+/* This program started again as `helper MODE`, with a SOCK_SEQPACKET socket on descriptor 3. `env` may be
+ * NULL ("NAME=value"). */
 struct child {
     pid_t pid;
     int sock;

@@ -106,7 +106,8 @@ static void direct(void **state)
     bn_gpu_set_free(set);
 }
 
-/* Chunks of the set in reverse order, from memory that lies in pieces; odd lengths; what is not named stays as it was. */
+/* Chunks of the set in reverse order, from memory that lies in pieces; odd lengths; what is not named
+ * stays as it was. */
 static void direct_extents(void **state)
 {
     struct bn_error err = BN_ERROR_INIT;
@@ -175,7 +176,7 @@ static void bad_specs(void **state)
     bn_gpu_set_free(set);
 }
 
-/* ---- Streamed ----------------------------------------------------------------------------------------------------- */
+/* ---- Streamed ------------------------------------------------------------------------------------------ */
 
 struct seen {
     uint64_t seed;
@@ -388,7 +389,7 @@ static void many_jobs(void **state)
     bn_copier_free(small);
 }
 
-/* ---- Every call of the driver fails once -------------------------------------------------------------------------- */
+/* ---- Every call of the driver fails once --------------------------------------------------------------- */
 
 /* Create, import, all four ways of copying, give back. */
 static int scenario(struct bn_error *err)
@@ -473,7 +474,8 @@ static void every_call_fails(void **state)
             inject("");
             if (r < 0)
                 assert_fails(r, nth % 2 ? ENOMEM : EIO, &err);
-            /* A context that cannot be entered while something is freed is not an error: it was freed without. */
+            /* A context that cannot be entered while something is freed is not an error: it was freed
+             * without. */
             fine = r == 0;
             failures += r < 0;
             assert_int_equal(gpu_free(0), before);

@@ -204,7 +204,7 @@ static void second_process(void **state)
     assert_int_equal(gpu_free(0), before);
 }
 
-/* ---- The pool --------------------------------------------------------------------------------------------------- */
+/* ---- The pool ------------------------------------------------------------------------------------------ */
 
 static struct bn_pool *new_pool(uint64_t limit, uint64_t keep, uint64_t slab)
 {
