@@ -175,7 +175,7 @@ int cli_criu_setup(const struct cli_criu *criu, int images, int work, const char
 
 void cli_ignore_signals(bool ignore)
 {
-    static const int list[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGTSTP};
+    static const int list[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGTSTP, SIGUSR1, SIGUSR2};
     for (size_t i = 0; i < BN_ARRAY_SIZE(list); i++)
         signal(list[i], ignore ? SIG_IGN : SIG_DFL);
 }

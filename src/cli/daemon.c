@@ -12,13 +12,14 @@
 /* How long a session's end may take after CRIU's: undoing a dump puts GPU memory back. */
 #define END_EXPECTED_MS 120000u
 #define END_UNKNOWN_MS 300u
+#define READY_MS 5000u /* it answers at once, or is an older one that says nothing */
 
 struct cli_watch {
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t changed;
     int sock;
-    bool seen, done; /* an event came; the answer came */
+    bool ready, seen, done; /* the daemon watches; a session began; the answer came */
     int result;
     struct bn_writer request;
     int dirfd;
@@ -46,10 +47,21 @@ int cli_daemon_exit_code(const struct bn_error *err)
 static void on_event(void *arg, const struct bn_ctl_head *head, struct bn_reader *body)
 {
     struct cli_watch *w = arg;
+    struct bn_progress now;
+    if (head->type != BN_CTL_EV_PROGRESS)
+        return;
+    bn_read_progress(body, &now);
+    if (body->failed)
+        return;
+    /* The daemon says so at once, before there is any session: nothing will be missed from then on. */
+    bool waiting = strcmp(now.phase, "waiting") == 0;
     pthread_mutex_lock(&w->lock);
-    w->seen = true;
+    w->ready = true;
+    w->seen = w->seen || !waiting;
+    pthread_cond_signal(&w->changed);
     pthread_mutex_unlock(&w->lock);
-    cli_progress_event(w->progress, head, body);
+    if (!waiting)
+        cli_progress_update(w->progress, &now);
 }
 
 static void *watch(void *arg)
@@ -87,6 +99,12 @@ static void watch_free(struct cli_watch *w)
     free(w);
 }
 
+static struct timespec in_ms(unsigned ms)
+{
+    uint64_t until = bn_now_ns() + ms * 1000000ull;
+    return (struct timespec){.tv_sec = (time_t)(until / 1000000000), .tv_nsec = (long)(until % 1000000000)};
+}
+
 int cli_watch_start(int sock, pid_t pid, int dirfd, struct cli_progress *progress, struct cli_watch **out,
                     struct bn_error *err)
 {
@@ -114,6 +132,11 @@ int cli_watch_start(int sock, pid_t pid, int dirfd, struct cli_progress *progres
         watch_free(w);
         return bn_error_set(err, r, "daemon", "cannot start a thread: %s", strerror(r));
     }
+    struct timespec until = in_ms(READY_MS);
+    pthread_mutex_lock(&w->lock);
+    while (!w->ready && !w->done && r == 0)
+        r = pthread_cond_timedwait(&w->changed, &w->lock, &until);
+    pthread_mutex_unlock(&w->lock);
     *out = w;
     return 0;
 }
@@ -124,8 +147,7 @@ int cli_watch_finish(struct cli_watch *w, bool expected, struct bn_phases *phase
     if (!w)
         return 0;
     pthread_mutex_lock(&w->lock);
-    uint64_t until = bn_now_ns() + (expected || w->seen ? END_EXPECTED_MS : END_UNKNOWN_MS) * 1000000ull;
-    struct timespec ts = {.tv_sec = (time_t)(until / 1000000000), .tv_nsec = (long)(until % 1000000000)};
+    struct timespec ts = in_ms(expected || w->seen ? END_EXPECTED_MS : END_UNKNOWN_MS);
     int timed = 0;
     while (!w->done && timed == 0)
         timed = pthread_cond_timedwait(&w->changed, &w->lock, &ts);

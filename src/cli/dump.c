@@ -51,7 +51,7 @@ static int ask_daemon(struct dump *d, int sock, struct bn_error *err)
         return CLI_FAILED;
     }
     if (bn_ctl_call(sock, BN_CTL_CHECK, &body, NULL, 0, NULL, NULL, buf, &reply, err) < 0)
-        return err->code == EPIPE || strcmp(err->stage, "daemon") == 0 ? CLI_FAILED : CLI_REFUSED;
+        return cli_daemon_exit_code(err);
     d->cuda = bn_read_u32(&reply);
     d->agents = bn_read_u32(&reply);
     d->gpu_bytes = bn_read_u64(&reply);

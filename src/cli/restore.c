@@ -250,17 +250,23 @@ static void take_terminal_back(void)
     signal(SIGTTOU, before);
 }
 
-/* Stand in for the program: pass signals on, end as it ends. */
-static int wait_for_program(pid_t pid)
+/* Before anybody can know that the program runs: a signal for it must find us ready to pass it on. */
+static sigset_t hold_signals(void)
 {
-    static const int passed[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGCONT, SIGWINCH};
+    static const int passed[] = {SIGINT,  SIGTERM, SIGHUP,   SIGQUIT, SIGUSR1,
+                                 SIGUSR2, SIGCONT, SIGWINCH, SIGCHLD};
     sigset_t set;
     sigemptyset(&set);
-    sigaddset(&set, SIGCHLD);
     for (size_t i = 0; i < BN_ARRAY_SIZE(passed); i++)
         sigaddset(&set, passed[i]);
     sigprocmask(SIG_BLOCK, &set, NULL);
     cli_ignore_signals(false);
+    return set;
+}
+
+/* Stand in for the program: pass signals on, end as it ends. */
+static int wait_for_program(pid_t pid, const sigset_t *set)
+{
     pid_t group = getpgid(pid);
     give_terminal(group);
     int status = 0;
@@ -271,7 +277,7 @@ static int wait_for_program(pid_t pid)
         if (ended < 0 && errno != EINTR)
             return CLI_FAILED;
         siginfo_t info;
-        int sig = sigwaitinfo(&set, &info);
+        int sig = sigwaitinfo(set, &info);
         /* What the terminal sends, it sends to the whole group: not a second time. */
         if (sig > 0 && sig != SIGCHLD && !(info.si_code == SI_KERNEL && group == getpgrp()))
             kill(pid, sig);
@@ -330,10 +336,12 @@ static int restore(int argc, char **argv)
         code = pid > 0 ? CLI_OK : cli_daemon_exit_code(&err);
         remove_work(&r, pid <= 0);
     }
+    sigset_t held = {0};
     if (pid > 0) {
-        report(&r, pid);
+        held = hold_signals();
         if (write_pidfile(pid, &err) < 0)
             code = CLI_FAILED;
+        report(&r, pid);
     }
     if (bn_error_is_set(&err))
         cli_fail(code, &err, json);
@@ -341,7 +349,7 @@ static int restore(int argc, char **argv)
     cli_record_free(&r.record);
     bn_close(r.dir);
     bn_close(r.work);
-    return pid > 0 && !detach ? wait_for_program(pid) : code;
+    return pid > 0 && !detach ? wait_for_program(pid, &held) : code;
 }
 
 const struct cli_command cli_restore = {
