@@ -136,6 +136,24 @@ static void no_cuda(void **state)
     pthread_join(t, NULL);
 }
 
+/* The GPU's files open and no CUDA that the driver knows of: neither "no CUDA" nor a CUDA process. */
+static void files_only(void **state)
+{
+    struct bn_error err = BN_ERROR_INIT;
+    int r = -1;
+    struct child c = child_start("files", NULL);
+    assert_int_equal(hear(c.sock, &r, sizeof(r), NULL, 0), sizeof(r));
+    if (r == 77) {
+        child_end(&c);
+        skip();
+    }
+    assert_int_equal(r, 0);
+    assert_state(&c, BN_CKPT_FILES_ONLY);
+    assert_fails(bn_ckpt_lock(gpu, c.pid, 1000, &err), ENODEV, &err);
+    assert_non_null(strstr(err.text, "device files"));
+    child_end(&c);
+}
+
 /* The driver's "invalid value" for a process that does use CUDA must not read as "no CUDA" to the steps. */
 static void other_answers(void **state)
 {
@@ -239,8 +257,9 @@ static void other_gpu(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(steps),    cmocka_unit_test(wrong_state), cmocka_unit_test(no_cuda),
-        cmocka_unit_test(refusals), cmocka_unit_test(other_gpu),   cmocka_unit_test(other_answers),
+        cmocka_unit_test(steps),      cmocka_unit_test(wrong_state), cmocka_unit_test(no_cuda),
+        cmocka_unit_test(refusals),   cmocka_unit_test(other_gpu),   cmocka_unit_test(other_answers),
+        cmocka_unit_test(files_only),
     };
     return cmocka_run_group_tests(tests, up, down);
 }
