@@ -320,6 +320,19 @@ class Dump(PluginTest):
         self.daemon.plan.clear()
         self.assertEqual(self.dump(), 0)
 
+    def test_network_is_unlocked_when_the_end_fails(self):
+        self.inside = ["unshare", "-n"]
+        pid = self.start_tree()
+        self.inside = []
+        self.start_daemon(DUMP_END={"error": [errno.EIO, "write", "bad disk"]})
+        self.assertNotEqual(self.dump(), 0)
+        if "Lock network" not in self.log() or not shutil.which("iptables-save"):
+            self.skipTest("no network namespace, or nothing to look into it with")
+        self.assert_running()
+        rules = subprocess.run(["nsenter", "-t", str(pid), "-n", "iptables-save"], capture_output=True, text=True,
+                               check=True).stdout
+        self.assertNotIn("CRIU", rules)
+
     def test_daemon_that_hangs_does_not_hang_a_failed_dump(self):
         self.start_tree()
         self.start_daemon()
