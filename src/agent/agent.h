@@ -13,6 +13,9 @@ bool bn_agent_converting(void) BN_API_LOCAL;
 /* Never NULL; before the start, or where it failed, nobody else sees it. */
 struct bn_agent_page *bn_agent_page(void) BN_API_LOCAL;
 
+/* A descriptor of the agent's own that has nothing to do with the driver, or -1. */
+int bn_agent_placeholder(void) BN_API_LOCAL;
+
 /* real.c: the driver in use, or why there is none. */
 const char *bn_real_path(void) BN_API_LOCAL;
 const char *bn_real_reason(void) BN_API_LOCAL;

@@ -49,6 +49,8 @@ static CUresult convert_locked(CUdevice dev, CUcontext ctx, size_t bytes, CUdevi
     struct bn_alloc *a = bn_pool_get(&bn_track.alloc_pool);
     struct bn_seg *seg = bn_seg_new_locked(BN_SEG_ALLOC, dev, size);
     struct bn_map *map = seg ? bn_map_new_locked(seg, va, size, 0) : NULL;
+    if (map)
+        seg->reserved = true;
     if (!a || !map || bn_tree_find(&bn_track.allocs, va)) {
         r = CUDA_ERROR_UNKNOWN;
         goto fail;
@@ -193,7 +195,7 @@ static bool claim(CUdeviceptr p, struct bn_alloc *out)
 {
     BN_LOCKED();
     struct bn_alloc *a = BN_CONTAINER(bn_tree_find(&bn_track.allocs, p), struct bn_alloc, by_va);
-    if (!a)
+    if (!a || a->opens) /* what an IPC handle opened is closed, not freed */
         return false;
     *out = *a;
     bn_tree_remove(&bn_track.allocs, &a->by_va);
@@ -309,6 +311,8 @@ static bool attribute_of(const struct bn_alloc *a, CUdeviceptr base, CUpointer_a
     case CU_POINTER_ATTRIBUTE_RANGE_SIZE: *(size_t *)data = a->bytes; return true;
     case CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES: *(uint64_t *)data = 0; return true;
     case CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE: *(CUmemoryPool *)data = NULL; return true;
+    /* The driver wrote 0, in as many bytes as it likes. */
+    case CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE: *(uint8_t *)data = !a->opens; return true;
     default: return false;
     }
 }
@@ -318,7 +322,8 @@ static bool attribute_differs(CUpointer_attribute attribute)
     return attribute == CU_POINTER_ATTRIBUTE_CONTEXT || attribute == CU_POINTER_ATTRIBUTE_RANGE_START_ADDR ||
            attribute == CU_POINTER_ATTRIBUTE_RANGE_SIZE ||
            attribute == CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES ||
-           attribute == CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE;
+           attribute == CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE ||
+           attribute == CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE;
 }
 
 CUresult bn_wrap_cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr ptr)
@@ -326,10 +331,14 @@ CUresult bn_wrap_cuPointerGetAttribute(void *data, CUpointer_attribute attribute
     BN_GATED();
     struct bn_alloc a;
     CUdeviceptr base;
-    if (data && attribute_differs(attribute) && converted_at(ptr, &a, &base) &&
+    bool ours = data && attribute_differs(attribute) && converted_at(ptr, &a, &base);
+    if (ours && attribute != CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE &&
         attribute_of(&a, base, attribute, data))
         return CUDA_SUCCESS;
-    return bn_real.cuPointerGetAttribute(data, attribute, ptr);
+    CUresult r = bn_real.cuPointerGetAttribute(data, attribute, ptr);
+    if (r == CUDA_SUCCESS && ours)
+        attribute_of(&a, base, attribute, data);
+    return r;
 }
 
 CUresult bn_wrap_cuPointerGetAttributes(unsigned int numAttributes, CUpointer_attribute *attributes,

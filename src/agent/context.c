@@ -197,7 +197,7 @@ static CUresult mirror_locked(CUcontext to, CUdevice dev, bool on)
     BN_TREE_EACH(&bn_track.allocs, n)
     {
         struct bn_alloc *a = BN_CONTAINER(n, struct bn_alloc, by_va);
-        if (!a->seg || a->ctx != to || a->dev == dev)
+        if (!a->seg || a->opens || a->ctx != to || a->dev == dev)
             continue;
         r = bn_real.cuMemSetAccess(n->key, a->seg->size, &desc, 1);
         if (r != CUDA_SUCCESS) {
@@ -217,7 +217,7 @@ static CUresult mirror_locked(CUcontext to, CUdevice dev, bool on)
         struct bn_alloc *a = BN_CONTAINER(n, struct bn_alloc, by_va);
         if (n->key >= failed_at)
             break;
-        if (!a->seg || a->ctx != to || a->dev == dev)
+        if (!a->seg || a->opens || a->ctx != to || a->dev == dev)
             continue;
         bn_real.cuMemSetAccess(n->key, a->seg->size, &desc, 1);
         a->seg->maps->rw &= ~bit;

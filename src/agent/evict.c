@@ -327,6 +327,7 @@ int bn_evict_evict(struct bn_answer *a)
         seg->real = 0;
         seg->present = false;
         bn_kept_close(&seg->kept);
+        bn_ipc_withdraw_locked(seg);
     }
     bn_ctx_unborrow();
     missing = order_count;
@@ -378,6 +379,7 @@ static int import_one(const struct bn_agent_segment *want, int fd, struct bn_ans
         r = map_segment(seg);
     if (kept == 0 && r == CUDA_SUCCESS) {
         seg->present = true;
+        bn_ipc_offer_again_locked(seg);
         missing--;
         return 0;
     }

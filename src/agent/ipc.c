@@ -1,42 +1,278 @@
-/* Legacy IPC: memory of other processes, which the driver cannot restore, is counted. */
+/* Legacy IPC (cuIpcGetMemHandle and its like). The driver refuses it for VMM memory, so for converted allocations it is done
+ * here: the handle names a descriptor in the exporting process, and the opener fetches that with pidfd_getfd(2) and imports
+ * it. A process that has memory of another one open cannot be checkpointed (the driver could not restore it): counted.
+ *
+ * Under Yama's restricted mode fetching a descriptor is for descendants' parents alone, unless the owner agrees; exporting
+ * is taken as agreement, since the memory is meant for a process that the owner cannot name. */
 #include "agent/agent.h"
 #include "agent/gate.h"
 #include "agent/track.h"
 
-static void opened(CUresult r, const CUdeviceptr *p)
+#include <fcntl.h>
+#include <string.h>
+#include <sys/prctl.h>
+
+#ifndef PR_SET_PTRACER
+#define PR_SET_PTRACER 0x59616d61
+#define PR_SET_PTRACER_ANY ((unsigned long)-1)
+#endif
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#endif
+#ifndef SYS_pidfd_getfd
+#define SYS_pidfd_getfd 438
+#endif
+
+static const char magic[8] = "bennuipc";
+
+struct handle {
+    char magic[8];
+    uint32_t pid; /* in the exporter's pid namespace, which the opener must share */
+    int32_t fd;
+    uint8_t instance[16]; /* of the exporter's agent */
+    uint64_t id;          /* segment */
+    uint64_t size, bytes; /* mapped, and as asked for */
+    uint64_t zero;
+};
+_Static_assert(sizeof(struct handle) == sizeof(CUipcMemHandle), "fills the driver's handle");
+
+/* ---- the owner -------------------------------------------------------------------------------------- */
+
+/* A descriptor for openers to fetch, kept until the memory is freed or evicted. */
+static CUresult offer_locked(struct bn_seg *seg)
 {
-    if (r != CUDA_SUCCESS || !p)
+    int fd = -1;
+    if (bn_kept_valid(&seg->offered))
+        return CUDA_SUCCESS;
+    if (seg->kept.fd) {
+        fd = bn_kept_valid(&seg->kept) ? fcntl(seg->kept.fd, F_DUPFD_CLOEXEC, 0) : -1;
+        if (fd < 0)
+            return CUDA_ERROR_OPERATING_SYSTEM;
+    } else {
+        CUresult r =
+            bn_real.cuMemExportToShareableHandle(&fd, seg->real, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+        if (r != CUDA_SUCCESS)
+            return r;
+    }
+    if (bn_kept_take(&seg->offered, fd) < 0) {
+        close(fd);
+        return CUDA_ERROR_OPERATING_SYSTEM;
+    }
+    prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0);
+    return CUDA_SUCCESS;
+}
+
+/* Make the offered number stand for the file of `from`. */
+static void put_in_place(struct bn_seg *seg, int from)
+{
+    struct stat st;
+    int fd = seg->offered.fd;
+    if (!bn_kept_valid(&seg->offered) || from < 0 || dup3(from, fd, O_CLOEXEC) < 0 || fstat(fd, &st) < 0)
         return;
-    bn_page_add(&bn_agent_page()->blockers.imported_handles, 1);
+    seg->offered = (struct bn_kept){fd, st.st_dev, st.st_rdev, st.st_ino};
 }
 
-CUresult bn_wrap_cuIpcOpenMemHandle(CUdeviceptr *pdptr, CUipcMemHandle handle, unsigned int Flags)
+void bn_ipc_withdraw_locked(struct bn_seg *seg)
 {
-    BN_GATED();
-    CUresult r = bn_real.cuIpcOpenMemHandle(pdptr, handle, Flags);
-    opened(r, pdptr);
-    return r;
+    if (seg->offered.fd)
+        put_in_place(seg, bn_agent_placeholder());
 }
 
-CUresult bn_wrap_cuIpcOpenMemHandle_v2(CUdeviceptr *pdptr, CUipcMemHandle handle, unsigned int Flags)
+void bn_ipc_offer_again_locked(struct bn_seg *seg)
 {
-    BN_GATED();
-    CUresult r = bn_real.cuIpcOpenMemHandle_v2(pdptr, handle, Flags);
-    opened(r, pdptr);
-    return r;
-}
-
-CUresult bn_wrap_cuIpcCloseMemHandle(CUdeviceptr dptr)
-{
-    BN_GATED();
-    CUresult r = bn_real.cuIpcCloseMemHandle(dptr);
-    if (r == CUDA_SUCCESS)
-        bn_page_add(&bn_agent_page()->blockers.imported_handles, -1);
-    return r;
+    if (seg->offered.fd && bn_kept_valid(&seg->kept))
+        put_in_place(seg, seg->kept.fd);
 }
 
 CUresult bn_wrap_cuIpcGetMemHandle(CUipcMemHandle *pHandle, CUdeviceptr dptr)
 {
     BN_GATED();
-    return bn_real.cuIpcGetMemHandle(pHandle, dptr);
+    bn_lock(&bn_track.lock);
+    struct bn_alloc *a = pHandle ? bn_alloc_at_locked(dptr) : NULL;
+    if (!a || !a->seg) {
+        bn_unlock(&bn_track.lock);
+        return bn_real.cuIpcGetMemHandle(pHandle, dptr);
+    }
+    CUresult r = a->seg->kind == BN_SEG_ALLOC ? offer_locked(a->seg) : CUDA_ERROR_INVALID_VALUE;
+    if (r == CUDA_SUCCESS) {
+        struct handle h = {.pid = (uint32_t)getpid(),
+                           .fd = a->seg->offered.fd,
+                           .id = a->seg->by_id.key,
+                           .size = a->seg->size,
+                           .bytes = a->bytes};
+        memcpy(h.magic, magic, sizeof(h.magic));
+        memcpy(h.instance, bn_agent_page()->instance, sizeof(h.instance));
+        memcpy(pHandle, &h, sizeof(h));
+    }
+    bn_unlock(&bn_track.lock);
+    return r;
+}
+
+/* ---- the opener ------------------------------------------------------------------------------------- */
+
+static int fetch(const struct handle *h)
+{
+    int pidfd = (int)syscall(SYS_pidfd_open, (pid_t)h->pid, 0);
+    if (pidfd < 0)
+        return -1;
+    int fd = (int)syscall(SYS_pidfd_getfd, pidfd, h->fd, 0);
+    close(pidfd);
+    return fd;
+}
+
+static struct bn_alloc *already_open_locked(const struct handle *h, CUcontext ctx)
+{
+    BN_TREE_EACH(&bn_track.allocs, n)
+    {
+        struct bn_alloc *a = BN_CONTAINER(n, struct bn_alloc, by_va);
+        if (a->opens && a->ctx == ctx && a->origin_id == h->id &&
+            memcmp(a->origin, h->instance, sizeof(a->origin)) == 0)
+            return a;
+    }
+    return NULL;
+}
+
+/* Import and map what fd stands for. On error nothing is left. */
+static CUresult map_foreign_locked(const struct handle *h, int fd, CUcontext ctx, CUdevice dev,
+                                   CUdeviceptr *out)
+{
+    CUdeviceptr va;
+    CUresult r = bn_real.cuMemAddressReserve(&va, h->size, 0, 0, 0);
+    if (r != CUDA_SUCCESS)
+        return r;
+    struct bn_alloc *a = bn_pool_get(&bn_track.alloc_pool);
+    struct bn_seg *seg = bn_seg_new_locked(BN_SEG_FOREIGN, dev, h->size);
+    struct bn_map *map = seg ? bn_map_new_locked(seg, va, h->size, 0) : NULL;
+    if (map)
+        seg->reserved = true;
+    r = a && map && !bn_tree_find(&bn_track.allocs, va) ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+    if (r == CUDA_SUCCESS)
+        r = bn_real.cuMemImportFromShareableHandle(&seg->real, (void *)(intptr_t)fd,
+                                                   CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+    if (r == CUDA_SUCCESS) {
+        seg->present = true;
+        r = bn_real.cuMemMap(va, h->size, 0, seg->real, 0);
+    }
+    if (r == CUDA_SUCCESS) {
+        map->mapped = true;
+        map->rw = 1ULL << dev;
+        r = bn_map_apply_access_locked(map);
+    }
+    if (r != CUDA_SUCCESS) {
+        bn_pool_put(&bn_track.alloc_pool, a);
+        if (seg)
+            bn_seg_destroy_locked(seg);
+        if (!map)
+            bn_real.cuMemAddressFree(va, h->size);
+        return r;
+    }
+    a->bytes = h->bytes;
+    a->seg = seg;
+    a->ctx = ctx;
+    a->dev = dev;
+    a->opens = 1;
+    a->origin_id = h->id;
+    memcpy(a->origin, h->instance, sizeof(a->origin));
+    bn_tree_insert(&bn_track.allocs, &a->by_va, va);
+    *out = va;
+    return CUDA_SUCCESS;
+}
+
+static CUresult open_ours(const struct handle *h, unsigned flags, CUdeviceptr *out)
+{
+    CUcontext ctx = NULL;
+    CUdevice dev;
+    CUresult r = bn_real.cuCtxGetDevice(&dev);
+    if (r == CUDA_SUCCESS)
+        r = bn_real.cuCtxGetCurrent(&ctx);
+    if (r != CUDA_SUCCESS)
+        return r;
+    if (flags & ~(unsigned)CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS || h->bytes > h->size || dev < 0 ||
+        dev >= (int)BN_GPUS_MAX)
+        return CUDA_ERROR_INVALID_VALUE;
+    if (memcmp(h->instance, bn_agent_page()->instance, sizeof(h->instance)) == 0)
+        return CUDA_ERROR_INVALID_CONTEXT; /* the driver's answer in the process that made the handle */
+    BN_LOCKED();
+    struct bn_alloc *open = already_open_locked(h, ctx);
+    if (open) {
+        open->opens++;
+        *out = open->by_va.key;
+        return CUDA_SUCCESS;
+    }
+    int fd = fetch(h);
+    if (fd < 0)
+        return CUDA_ERROR_INVALID_VALUE;
+    r = map_foreign_locked(h, fd, ctx, dev, out);
+    close(fd);
+    return r;
+}
+
+static bool is_ours(const CUipcMemHandle *handle, struct handle *h)
+{
+    memcpy(h, handle, sizeof(*h));
+    return memcmp(h->magic, magic, sizeof(h->magic)) == 0 && bn_agent_converting();
+}
+
+static CUresult count_native(CUresult r)
+{
+    if (r == CUDA_SUCCESS)
+        bn_page_add(&bn_agent_page()->blockers.imported_handles, 1);
+    return r;
+}
+
+CUresult bn_wrap_cuIpcOpenMemHandle(CUdeviceptr *pdptr, CUipcMemHandle handle, unsigned int Flags)
+{
+    BN_GATED();
+    struct handle h;
+    if (pdptr && is_ours(&handle, &h))
+        return open_ours(&h, Flags, pdptr);
+    return count_native(bn_real.cuIpcOpenMemHandle(pdptr, handle, Flags));
+}
+
+CUresult bn_wrap_cuIpcOpenMemHandle_v2(CUdeviceptr *pdptr, CUipcMemHandle handle, unsigned int Flags)
+{
+    BN_GATED();
+    struct handle h;
+    if (pdptr && is_ours(&handle, &h))
+        return open_ours(&h, Flags, pdptr);
+    return count_native(bn_real.cuIpcOpenMemHandle_v2(pdptr, handle, Flags));
+}
+
+/* 1: ours and closed for good, *ctx is to be waited for and the segment to be destroyed; 0: ours, still open; -1: not ours. */
+static int close_ours_locked(CUdeviceptr dptr, struct bn_seg **seg, CUcontext *ctx)
+{
+    struct bn_alloc *a = BN_CONTAINER(bn_tree_find(&bn_track.allocs, dptr), struct bn_alloc, by_va);
+    if (!a || !a->opens)
+        return -1;
+    if (--a->opens)
+        return 0;
+    *seg = a->seg;
+    *ctx = a->ctx;
+    bn_tree_remove(&bn_track.allocs, &a->by_va);
+    bn_pool_put(&bn_track.alloc_pool, a);
+    return 1;
+}
+
+CUresult bn_wrap_cuIpcCloseMemHandle(CUdeviceptr dptr)
+{
+    BN_GATED();
+    struct bn_seg *seg = NULL;
+    CUcontext ctx = NULL;
+    int closed;
+    {
+        BN_LOCKED();
+        closed = close_ours_locked(dptr, &seg, &ctx);
+    }
+    if (closed < 0) {
+        CUresult r = bn_real.cuIpcCloseMemHandle(dptr);
+        if (r == CUDA_SUCCESS)
+            bn_page_add(&bn_agent_page()->blockers.imported_handles, -1);
+        return r;
+    }
+    if (closed == 0)
+        return CUDA_SUCCESS;
+    CUresult r = bn_ctx_synchronize(ctx);
+    BN_LOCKED();
+    bn_seg_destroy_locked(seg);
+    return r;
 }

@@ -39,6 +39,11 @@ bool bn_agent_converting(void)
     return bn_load(&converting) != 0;
 }
 
+int bn_agent_placeholder(void)
+{
+    return bn_kept_valid(&memfd) ? memfd.fd : -1;
+}
+
 /* ---- the thread ------------------------------------------------------------------------------------ */
 
 static void stepped_aside(const char *why)

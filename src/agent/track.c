@@ -173,6 +173,7 @@ void bn_seg_settle_locked(struct bn_seg *seg)
     if (seg->present)
         bn_real.cuMemRelease(seg->real);
     bn_kept_close(&seg->kept);
+    bn_kept_close(&seg->offered);
     account(seg, -1);
     bn_tree_remove(&bn_track.segs, &seg->by_id);
     bn_pool_put(&bn_track.seg_pool, seg);
@@ -180,7 +181,7 @@ void bn_seg_settle_locked(struct bn_seg *seg)
 
 void bn_seg_destroy_locked(struct bn_seg *seg)
 {
-    bool ours = seg->kind == BN_SEG_ALLOC;
+    bool ours = seg->reserved;
     while (seg->maps) {
         struct bn_map *map = seg->maps;
         CUdeviceptr va = map->by_va.key;
@@ -287,7 +288,8 @@ void bn_ctx_gone_locked(CUcontext ctx, bool forget)
         bn_tree_remove(&bn_track.allocs, &a->by_va);
         struct bn_agent_page *page = bn_agent_page();
         if (a->seg) {
-            bn_page_add(&page->allocations, -1);
+            if (!a->opens)
+                bn_page_add(&page->allocations, -1);
             bn_seg_destroy_locked(a->seg);
         } else {
             bn_page_add(a->managed ? &page->blockers.managed_bytes : &page->native_bytes, -(int64_t)a->bytes);

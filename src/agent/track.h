@@ -52,7 +52,9 @@ struct bn_seg {
     CUmemAllocationProp prop; /* as the application asked */
     struct bn_map *maps;
     struct bn_kept kept;
-    struct bn_seg *next; /* on the list of those to be freed later */
+    struct bn_kept offered; /* for openers of its IPC handle */
+    bool reserved;          /* the address ranges of its mappings are ours */
+    struct bn_seg *next;    /* on the list of those to be freed later */
 };
 
 struct bn_map {
@@ -72,6 +74,9 @@ struct bn_alloc {
     CUcontext ctx;
     CUdevice dev;
     bool managed;
+    uint32_t opens;     /* memory of another process: how often its IPC handle is open here */
+    uint64_t origin_id; /* and whose it is */
+    uint8_t origin[16];
 };
 
 enum bn_ctx_kind { BN_CTX_OWN, BN_CTX_PRIMARY, BN_CTX_GREEN };
@@ -166,6 +171,11 @@ CUresult bn_ctx_synchronize(CUcontext ctx) BN_API_LOCAL;
 /* Make some live context current to the calling thread (the agent's own). */
 void bn_ctx_borrow(void) BN_API_LOCAL;
 void bn_ctx_unborrow(void) BN_API_LOCAL;
+
+/* ipc.c: IPC handles that are about name a descriptor's number: an eviction puts a file of no meaning there, and after it the
+ * handles become good again. */
+void bn_ipc_withdraw_locked(struct bn_seg *seg) BN_API_LOCAL;
+void bn_ipc_offer_again_locked(struct bn_seg *seg) BN_API_LOCAL;
 
 /* Free what the application freed during captures that have ended since. */
 void bn_free_later_locked(void) BN_API_LOCAL;

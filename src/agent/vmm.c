@@ -128,7 +128,7 @@ CUresult bn_wrap_cuMemRetainAllocationHandle(CUmemGenericAllocationHandle *handl
     struct bn_map *map = bn_map_at_locked((CUdeviceptr)(uintptr_t)addr);
     if (!map)
         return bn_real.cuMemRetainAllocationHandle(handle, addr);
-    if (map->seg->kind == BN_SEG_ALLOC)
+    if (map->seg->reserved)
         return CUDA_ERROR_INVALID_VALUE; /* as for memory that cuMemAlloc made */
     map->seg->refs++;
     *handle = bn_seg_token(map->seg);
@@ -182,7 +182,7 @@ static bool touches_ours_locked(CUdeviceptr ptr, size_t size)
     struct bn_map *map = bn_map_at_locked(ptr);
     struct bn_node *n = map ? &map->by_va : bn_tree_ceil(&bn_track.maps, ptr);
     for (; n && (n->key <= ptr || n->key - ptr < size); n = bn_tree_ceil(&bn_track.maps, n->key + 1))
-        if (BN_CONTAINER(n, struct bn_map, by_va)->seg->kind == BN_SEG_ALLOC)
+        if (BN_CONTAINER(n, struct bn_map, by_va)->seg->reserved)
             return true;
     return false;
 }

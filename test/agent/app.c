@@ -12,7 +12,9 @@
  *   free I              block I
  *   limit N             soft limit of descriptors
  *   fork                a child that checks what a child may expect
- *   address I           of block I
+ *   ipcget I            cuIpcGetMemHandle of block I, in hex
+ *   ipcopen HEX I SEED  open it (twice: the same address), compare with block I of a program whose seed is SEED
+ *   ipcclose            both times
  *   quit
  */
 #include "cu.h"
@@ -193,7 +195,51 @@ static void set_limit(unsigned n)
     printf(setrlimit(RLIMIT_NOFILE, &limit) == 0 ? "ok\n" : "no 0 setrlimit\n");
 }
 
-static CUdeviceptr managed;
+static CUdeviceptr managed, opened;
+
+static void ipc_get(int i)
+{
+    CUipcMemHandle handle;
+    must(cu.cuIpcGetMemHandle(&handle, blocks[i].at[0]), "cuIpcGetMemHandle");
+    printf("ok ");
+    for (size_t k = 0; k < sizeof(handle); k++)
+        printf("%02x", ((unsigned char *)&handle)[k]);
+    printf("\n");
+}
+
+static void ipc_open(const char *line)
+{
+    char hex[160] = "";
+    unsigned i = 0, other = 0, byte;
+    CUipcMemHandle handle;
+    CUdeviceptr again;
+    size_t bytes = 0;
+    sscanf(line, "ipcopen %159s %u %u", hex, &i, &other);
+    for (size_t k = 0; k < sizeof(handle) && sscanf(hex + 2 * k, "%2x", &byte) == 1; k++)
+        ((unsigned char *)&handle)[k] = (unsigned char)byte;
+    CUresult r = cu.cuIpcOpenMemHandle_v2(&opened, handle, 0);
+    if (r != CUDA_SUCCESS) {
+        printf("no %d cuIpcOpenMemHandle\n", r);
+        return;
+    }
+    must(cu.cuIpcOpenMemHandle_v2(&again, handle, 0), "cuIpcOpenMemHandle");
+    must(cu.cuMemGetAddressRange_v2(NULL, &bytes, opened), "cuMemGetAddressRange");
+    uint32_t *host = malloc(bytes);
+    must(cu.cuMemcpyDtoH_v2(host, opened, bytes), "cuMemcpyDtoH");
+    size_t wrong = opened != again || cu.cuMemFree_v2(opened) == CUDA_SUCCESS;
+    for (size_t k = 0; k < bytes / 4; k++)
+        wrong += host[k] != pattern(other + i, k);
+    free(host);
+    printf(wrong ? "no 0 %zu words differ\n" : "ok\n", wrong);
+}
+
+static void ipc_close(void)
+{
+    must(cu.cuIpcCloseMemHandle(opened), "cuIpcCloseMemHandle");
+    must(cu.cuIpcCloseMemHandle(opened), "cuIpcCloseMemHandle");
+    CUresult r = cu.cuIpcCloseMemHandle(opened);
+    printf(r == CUDA_SUCCESS ? "no 0 closed thrice\n" : "ok\n");
+}
 
 /* The rarer commands. */
 static bool special(const char *word, unsigned long a)
@@ -269,7 +315,7 @@ static void obey(const char *word, unsigned long a, unsigned long b)
 
 int main(int argc, char **argv)
 {
-    char line[128], word[32];
+    char line[256], word[32];
     if (argc > 1) {
         struct rlimit limit = {(rlim_t)atoi(argv[1]), (rlim_t)atoi(argv[1])};
         setrlimit(RLIMIT_NOFILE, &limit);
@@ -286,7 +332,14 @@ int main(int argc, char **argv)
             continue;
         if (strcmp(word, "quit") == 0)
             return 0;
-        obey(word, a, b);
+        if (strcmp(word, "ipcget") == 0)
+            ipc_get((int)a);
+        else if (strcmp(word, "ipcopen") == 0)
+            ipc_open(line);
+        else if (strcmp(word, "ipcclose") == 0)
+            ipc_close();
+        else
+            obey(word, a, b);
         fflush(stdout);
     }
     return 0;

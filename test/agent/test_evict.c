@@ -516,6 +516,50 @@ static void test_no_descriptors_at_all(void **state)
     child_end(&c);
 }
 
+static void evict_and_restore(struct bn_agent *a)
+{
+    struct held h = {0};
+    CHECK(bn_agent_close_gate(a, 10000, err));
+    list_and_export(a, &h);
+    CHECK(bn_agent_evict(a, err));
+    CHECK(bn_agent_import(a, h.segs, h.fds, h.n, err));
+    CHECK(bn_agent_open_gate(a, err));
+    held_free(&h);
+}
+
+/* IPC handles of converted memory: opened by another process, which is refused then; good again after an eviction. */
+static void test_ipc(void **state)
+{
+    struct child owner, user;
+    char open[256];
+    child_start(&owner, NULL);
+    child_start(&user, NULL);
+    child_do(&owner, "alloc 2");
+    child_do(&owner, "alloc 3");
+    child_do(&owner, "ipcget 1");
+    snprintf(open, sizeof(open), "ipcopen %.128s 1 1", owner.answer + 3);
+    struct bn_agent *a = attach(&owner), *b = attach(&user);
+    for (int round = 0; round < 3; round++) {
+        struct bn_error said = BN_ERROR_INIT;
+        child_do(&user, open);
+        assert_int_equal(page_of(b).blockers.imported_handles, 1);
+        assert_int_equal(bn_agent_close_gate(b, 5000, &said), -ENOTSUP);
+        child_do(&user, "ipcclose");
+        assert_int_equal(page_of(b).blockers.imported_handles, 0);
+        evict_and_restore(b);
+        evict_and_restore(a);
+        child_do(&owner, "check 1");
+    }
+    child_do(&owner, "free 1");
+    child_send(&user, open);
+    assert_non_null(fgets(user.answer, sizeof(user.answer), user.from));
+    assert_string_equal(user.answer, "no 1 cuIpcOpenMemHandle\n");
+    bn_agent_free(a);
+    bn_agent_free(b);
+    child_end(&owner);
+    child_end(&user);
+}
+
 static void test_fork(void **state)
 {
     struct child c;
@@ -544,7 +588,7 @@ int main(void)
         cmocka_unit_test(test_refusals),     cmocka_unit_test(test_nothing_allocated),
         cmocka_unit_test(test_malformed),    cmocka_unit_test(test_unread_answers),
         cmocka_unit_test(test_low_limit),    cmocka_unit_test(test_no_descriptors_at_all),
-        cmocka_unit_test(test_fork),
+        cmocka_unit_test(test_fork),         cmocka_unit_test(test_ipc),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
