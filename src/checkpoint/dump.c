@@ -71,8 +71,9 @@ static int start_writing(struct bn_quiesce *q, struct bn_error *err)
     int r = bn_describe(q, &d->manifest, err);
     if (r == 0)
         r = bn_store_check_space(d->dirfd, bn_manifest_bytes(d->manifest), err);
+    struct bn_pack_options options = {.flags = BN_PACK_NOSYNC};
     if (r == 0)
-        r = bn_pack_writer_open(d->dirfd, d->manifest->key, d->manifest->n_chunks, NULL, &d->writer, err);
+        r = bn_pack_writer_open(d->dirfd, d->manifest->key, d->manifest->n_chunks, &options, &d->writer, err);
     if (r < 0)
         return r;
     struct store_part *next = d->parts = calloc(parts ? parts : 1, sizeof(*d->parts));
@@ -165,18 +166,30 @@ static int add_phases(struct bn_dump *d)
     return r;
 }
 
+/* CRIU's own files lie in the same file system: one call brings all of it to the disk. */
+static int sync_all(struct bn_dump *d, struct bn_error *err)
+{
+    if (!(d->q.flags & BN_DUMP_SYNC))
+        return 0;
+    int phase = bn_report_begin(d->q.report, "sync");
+    int r = syncfs(d->dirfd) < 0
+                ? bn_error_set(err, errno, "sync", "cannot bring the checkpoint to the disk: %m")
+                : 0;
+    bn_report_end(d->q.report, phase, 0);
+    return r;
+}
+
 int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err)
 {
     int r = bn_copies_finish(&d->copies, &d->q, cancel, err);
-    if (r == 0) {
-        int phase = bn_report_begin(d->q.report, "sync");
+    if (r == 0)
         r = bn_pack_writer_finish(d->writer, d->manifest, err);
-        if (r == 0 && add_phases(d) < 0)
-            r = bn_error_set(err, ENOMEM, "manifest", "out of memory");
-        if (r == 0)
-            r = bn_image_save(d->dirfd, d->manifest, err);
-        bn_report_end(d->q.report, phase, 0);
-    }
+    if (r == 0)
+        r = sync_all(d, err);
+    if (r == 0 && add_phases(d) < 0)
+        r = bn_error_set(err, ENOMEM, "manifest", "out of memory");
+    if (r == 0)
+        r = bn_image_save(d->dirfd, d->manifest, err);
     if (r < 0) {
         bn_dump_abort(d);
         return r;

@@ -13,6 +13,11 @@
 
 struct bn_dump;
 
+#define BN_DUMP_SYNC \
+    2u /* beside BN_FIND_…: commit returns only when packs and CRIU's files are on the disk. Without it they are
+                         * in the page cache, as CRIU leaves its own: a checkpoint that a power cut tore is found out by
+                         * its hashes, not prevented. */
+
 /* On failure everything is undone and nothing is left in the directory. dirfd is duplicated. A tree without CUDA is no failure: *out is
  * then NULL. -EEXIST: the directory holds a checkpoint already; -ENOSPC: it has not room for the memory. */
 int bn_dump_begin(struct bn_env *env, pid_t root, unsigned flags, int dirfd, struct bn_report *report,

@@ -297,8 +297,9 @@ static int on_dump_begin(struct client *c, struct request *rq, struct bn_writer 
     int r = session_open(c, root, -1, err);
     if (r < 0)
         return r;
-    r = bn_dump_begin(&c->d->env, root, flags & BN_CTL_F_DRIVER_PATH ? BN_FIND_DRIVER_PATH : 0, rq->fd,
-                      c->report, &c->dump, err);
+    unsigned how =
+        (flags & BN_CTL_F_DRIVER_PATH ? BN_FIND_DRIVER_PATH : 0) | (flags & BN_CTL_F_SYNC ? BN_DUMP_SYNC : 0);
+    r = bn_dump_begin(&c->d->env, root, how, rq->fd, c->report, &c->dump, err);
     if (r < 0 || !c->dump)
         session_close(c, r < 0 ? err : NULL);
     bn_write_u32(reply, c->dump ? (uint32_t)bn_dump_targets(c->dump)->n : 0);

@@ -71,6 +71,8 @@ enum bn_tier { BN_TIER_HOST = 1, BN_TIER_GPU = 2, BN_TIER_DISK = 3 };
     4u /* RESTORE_BEGIN: the image was made by CRIU's own CUDA plugin: no manifest, driver path for
                                      every process that answers as checkpointed */
 #define BN_CTL_F_LEAVE_RUNNING 8u /* information only */
+#define BN_CTL_F_SYNC \
+    16u /* DUMP_BEGIN: everything is on the disk, CRIU's files too, before DUMP_END is answered */
 
 struct bn_ctl_head {
     uint32_t magic;
