@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 struct bn_gpu *gpu;
-static char fail_file[64];
+static char fail_file[64], ledger[64]; /* files that the simulated driver reads, and leaves */
 
 const char *driver_path(void)
 {
@@ -33,6 +33,7 @@ int open_gpu(void **state)
     setenv("BENNU_SIM_MEMORY", "8G", 0);
     char machine[32];
     snprintf(machine, sizeof(machine), "ops%d", (int)getpid());
+    snprintf(ledger, sizeof(ledger), "/dev/shm/cuda-sim.%s", machine);
     setenv("BENNU_SIM_MACHINE", machine, 0);
     if (bn_gpu_open(driver_path(), &gpu, &err) < 0) {
         fprintf(stderr, "%s\n", err.text);
@@ -46,6 +47,7 @@ int close_gpu(void **state)
     bn_gpu_close(gpu);
     gpu = NULL;
     unlink(fail_file);
+    unlink(ledger);
     return 0;
 }
 
