@@ -189,6 +189,9 @@ static const struct {
                                                   "tree: close that connection, or dump both processes"},
     {"Can't dump ghost file", "it has a large deleted file open: CRIU's ghost-limit is too small for it"},
     {"stdin isn't a terminal", "it belongs to a terminal: restore it from one"},
+    {"has bad size",
+     "a file that it has mapped (a library, say) is no longer the one that it was dumped with"},
+    {"bad build-ID", "a library that it has mapped is no longer the one that it was dumped with"},
     {"No space left on device", "the disk is full"},
     {"which is not a session leader", "its session's leader is outside its tree"},
     {"connected TCP socket", "it has an open TCP connection, which CRIU cannot keep here"},
@@ -199,7 +202,8 @@ static const struct {
 /* Lines that only say that something failed earlier. */
 static bool is_summary(const char *line)
 {
-    return strstr(line, "FAILED") || strstr(line, "failed with") || strstr(line, "Restoring FAILED");
+    return strstr(line, "FAILED") || strstr(line, "rlimit: Can't setup") || strstr(line, "failed with") ||
+           strstr(line, "Restoring FAILED");
 }
 
 static const char *after_position(char *line)

@@ -14,6 +14,7 @@
 #include <sys/wait.h>
 
 #define LOG_FILE "restore.log"
+#define COLLECT_MS 3000
 
 static bool detach, json, quiet;
 static const char *pidfile;
@@ -74,7 +75,12 @@ static int check_image(struct restore *r, struct bn_error *err)
 
 static int check_pid_free(const struct restore *r, pid_t pid, struct bn_error *err)
 {
-    char comm[16] = "";
+    char comm[16] = "", state = 0;
+    if (kill(pid, 0) < 0 && errno == ESRCH)
+        return 0;
+    /* Right after a dump the ended processes may still wait for whoever inherited them to collect them. */
+    for (int i = 0; i < COLLECT_MS && bn_proc_state(pid, &state) == 0 && (state == 'Z' || state == 'X'); i++)
+        usleep(1000);
     if (kill(pid, 0) < 0 && errno == ESRCH)
         return 0;
     bn_proc_comm(pid, comm);
