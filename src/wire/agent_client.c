@@ -21,7 +21,7 @@ struct bn_agent {
     pid_t pid;
     int pidfd, memfd, sock;
     uint32_t next_id;
-    uint8_t buf[BN_AGENT_MSG_MAX];
+    _Alignas(8) uint8_t buf[BN_AGENT_MSG_MAX]; /* records are read in place */
 };
 
 struct message {
