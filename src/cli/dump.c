@@ -11,7 +11,7 @@
 
 #define LOG_FILE "dump.log"
 
-static bool leave_running, driver_path, allow_no_cuda, no_space_check, json, quiet;
+static bool leave_running, driver_path, allow_no_cuda, no_space_check, sync_disk, json, quiet;
 static unsigned timeout;
 
 static const struct cli_option options[] = {
@@ -21,6 +21,7 @@ static const struct cli_option options[] = {
      "ignore the agents: save GPU memory through the driver alone"},
     {"allow-no-cuda", 0, CLI_FLAG, NULL, &allow_no_cuda, "also dump a process that does not use CUDA"},
     {"no-space-check", 0, CLI_FLAG, NULL, &no_space_check, "begin even if the disk looks too small"},
+    {"sync", 0, CLI_FLAG, NULL, &sync_disk, "have it all on the disk before the process is ended"},
     {"timeout", 't', CLI_UINT, "SECONDS", &timeout,
      "how long CRIU may take to stop the processes (default 10)"},
     {"json", 'j', CLI_FLAG, NULL, &json, "print the result as one JSON object"},
@@ -82,6 +83,15 @@ static int check_space(const struct dump *d, struct bn_error *err)
                         d->dir.path, cli_bytes(is_free, have), cli_bytes(wanted, need));
 }
 
+/* The plugin runs in CRIU, which inherits our environment. */
+static void tell_plugin(const char *variable, bool wanted)
+{
+    if (wanted)
+        setenv(variable, "1", 1);
+    else
+        unsetenv(variable);
+}
+
 static int criu_options(const struct dump *d, struct bn_error *err)
 {
     int r = cli_criu_setup(&d->criu, d->dir.fd, d->dir.fd, LOG_FILE, err);
@@ -93,11 +103,8 @@ static int criu_options(const struct dump *d, struct bn_error *err)
         criu_set_timeout(timeout);
     if (access("/usr/sbin/iptables", X_OK) < 0 && access("/sbin/iptables", X_OK) < 0)
         criu_set_network_lock(CRIU_NETWORK_LOCK_NFTABLES);
-    /* Read by the plugin, which runs in CRIU. */
-    if (driver_path)
-        setenv("BENNU_DRIVER_PATH", "1", 1);
-    else
-        unsetenv("BENNU_DRIVER_PATH");
+    tell_plugin("BENNU_DRIVER_PATH", driver_path);
+    tell_plugin("BENNU_SYNC", sync_disk);
     return 0;
 }
 

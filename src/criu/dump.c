@@ -6,6 +6,7 @@
 #include "criu/criu_abi.h"
 #include "wire/control.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 /* On a failed dump the processes are still stopped: the daemon must answer at once. If it does not, closing the connection says
@@ -34,6 +35,17 @@ bool bnp_dump_active(void)
     return dump.sock >= 0;
 }
 
+/* What bennu(1) was asked for. Under a container runtime the environment says nothing, and nothing is wanted. */
+static unsigned flags_wanted(void)
+{
+    unsigned flags = 0;
+    if (getenv("BENNU_DRIVER_PATH"))
+        flags |= BN_CTL_F_DRIVER_PATH;
+    if (getenv("BENNU_SYNC"))
+        flags |= BN_CTL_F_SYNC;
+    return flags;
+}
+
 /* Two plugins that suspend one process would undo each other's work, and which of them is asked first is left to chance (the
  * order of readdir). CRIU's own plugin claims every process, so it is the one that stays. */
 static bool stock_plugin_present(void)
@@ -53,7 +65,7 @@ static int begin_session(pid_t root, int sock)
     int r = bnp_thaw(root, &thaw, &err);
     if (r < 0)
         return fail("cannot dump", &err);
-    unsigned handled = 0, args[2] = {(unsigned)root, 0};
+    unsigned handled = 0, args[2] = {(unsigned)root, flags_wanted()};
     int dir = criu_get_image_dir ? criu_get_image_dir() : -1;
     r = bnp_call(sock, BN_CTL_DUMP_BEGIN, args, 2, dir, &handled, &err);
     bnp_refreeze(&thaw);
