@@ -5,6 +5,7 @@
 #include "base/io.h"
 #include "base/proc.h"
 #include "store/image_dir.h"
+#include "store/pack.h"
 
 #include <criu/criu.h>
 #include <fcntl.h>
@@ -49,6 +50,18 @@ static int open_image(struct restore *r, struct bn_error *err)
     return 0;
 }
 
+/* Names and lengths; the bytes are compared when they are loaded. */
+static int check_packs(const struct restore *r, struct bn_error *err)
+{
+    struct bn_pack_reader *reader = NULL;
+    int rc = bn_pack_reader_open(r->dir, r->manifest, &reader, err);
+    bn_pack_reader_free(reader);
+    return rc == -ENOENT
+               ? bn_error_replace(err, EBADMSG, "image",
+                                  "the checkpoint %s is damaged: a bennu-pack file is missing", r->path)
+               : rc;
+}
+
 /* Is it a checkpoint, and a whole one? */
 static int check_image(struct restore *r, struct bn_error *err)
 {
@@ -62,7 +75,7 @@ static int check_image(struct restore *r, struct bn_error *err)
     r->have_record = rc == 0;
     rc = bn_image_load(r->dir, &r->manifest, err);
     if (rc == 0)
-        return 0;
+        return check_packs(r, err);
     if (rc != -ENOENT)
         return rc;
     *err = BN_ERROR_INIT;

@@ -15,6 +15,10 @@ import fake_bennud
 from common import Case, as_root
 
 
+# Of the golden manifest (test/image/make.h): index and bytes.
+PACKS = {0: 8 << 20, 3: (4 << 20) + 4096}
+
+
 class Checkpoint(Case):
     def setUp(self):
         super().setUp()
@@ -57,6 +61,9 @@ class Checkpoint(Case):
         self.daemon.progress("waiting", 0, 0)
         if values[0] != 0 and self.writes_manifest:
             shutil.copy(common.arguments.manifest, os.path.join(self.target, "bennu-manifest.img"))
+            for index, length in PACKS.items():
+                with open(os.path.join(self.target, f"bennu-pack-{index}.img"), "wb") as f:
+                    f.truncate(length)
         self.daemon.progress("copy out", 1, 2)
         if self.session_error:
             raise self.session_error
@@ -212,6 +219,17 @@ class Checkpoint(Case):
         self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
         self.assertIn("CRIU cannot restore", done.stderr)
         self.assertFalse(os.path.exists(f"/proc/{self.pid}"))
+
+    def test_damaged_packs(self):
+        self.dump()
+        self.program.wait(60)
+        pack = os.path.join(self.target, "bennu-pack-3.img")
+        self.fails(5, "inspect", "--verify", self.target, says="")
+        os.truncate(pack, 4096)
+        self.fails(5, "restore", self.target, says=("bennu-pack-3.img", "4096"))
+        self.fails(5, "inspect", "--verify", self.target, says=("bennu-pack-3.img", "4096"))
+        os.unlink(pack)
+        self.fails(5, "restore", self.target, says="bennu-pack file is missing")
 
     def test_restore_session_fails(self):
         """Without its GPU memory the program must not go on."""
