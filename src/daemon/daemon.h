@@ -20,6 +20,15 @@ struct suspended_entry {
 };
 
 /* A session's report with what names it to a watcher: the root pid of a dump or suspend, or the directory of a restore. */
+/* Somebody waits for the report of a session to come. */
+struct awaited {
+    pid_t root;
+    dev_t dev;
+    ino_t ino;
+    struct bn_report *report; /* a reference, once it is there */
+    struct awaited *next;
+};
+
 struct published {
     struct bn_report *report;
     pid_t root;
@@ -38,6 +47,7 @@ struct daemon {
     pthread_cond_t published_changed;
     struct suspended_entry *suspended;
     struct published *published;
+    struct awaited *awaited;
     int wake_fd;      /* eventfd: `suspended` changed */
     unsigned clients; /* threads that serve connections */
     pthread_cond_t clients_changed;
@@ -54,8 +64,12 @@ void bn_daemon_serve(struct daemon *d, int fd);
 
 int bn_publish(struct daemon *d, struct bn_report *report, pid_t root, int dirfd);
 void bn_unpublish(struct daemon *d, struct bn_report *report);
-/* Wait up to timeout_ms for an unfinished report that fits; a reference, or NULL. */
-struct bn_report *bn_find_published(struct daemon *d, pid_t root, int dirfd, unsigned timeout_ms);
+/* Wait for the session of a root pid, or (root 0) of an image directory: one that runs, or the next one, however short it is.
+ * bn_await puts `a` on the list, bn_awaited waits up to timeout_ms (NULL: not yet; the reference stays with `a`),
+ * bn_await_end takes it off and drops the reference. */
+int bn_await(struct daemon *d, struct awaited *a, pid_t root, int dirfd);
+struct bn_report *bn_awaited(struct daemon *d, struct awaited *a, unsigned timeout_ms);
+void bn_await_end(struct daemon *d, struct awaited *a);
 
 int bn_keep_suspended(struct daemon *d, struct bn_suspended *s);
 /* Take the suspended tree that `pid` belongs to out of its entry, for a request to work on; give it back, or drop the

@@ -9,6 +9,11 @@
 
 /* ---- reports of running sessions ---- */
 
+static bool fits(const struct awaited *a, const struct published *p)
+{
+    return a->root > 0 ? a->root == p->root : p->root == 0 && a->dev == p->dev && a->ino == p->ino;
+}
+
 int bn_publish(struct daemon *d, struct bn_report *report, pid_t root, int dirfd)
 {
     struct published *p = calloc(1, sizeof(*p));
@@ -24,6 +29,9 @@ int bn_publish(struct daemon *d, struct bn_report *report, pid_t root, int dirfd
     pthread_mutex_lock(&d->lock);
     p->next = d->published;
     d->published = p;
+    for (struct awaited *a = d->awaited; a; a = a->next)
+        if (!a->report && fits(a, p))
+            a->report = bn_report_ref(report);
     pthread_cond_broadcast(&d->published_changed);
     pthread_mutex_unlock(&d->lock);
     return 0;
@@ -46,31 +54,48 @@ void bn_unpublish(struct daemon *d, struct bn_report *report)
     }
 }
 
-static struct bn_report *find_report(struct daemon *d, pid_t root, const struct stat *st)
-{
-    for (struct published *p = d->published; p; p = p->next)
-        if (root > 0 ? p->root == root : p->root == 0 && p->dev == st->st_dev && p->ino == st->st_ino)
-            return bn_report_ref(p->report);
-    return NULL;
-}
-
-struct bn_report *bn_find_published(struct daemon *d, pid_t root, int dirfd, unsigned timeout_ms)
+int bn_await(struct daemon *d, struct awaited *a, pid_t root, int dirfd)
 {
     struct stat st = {0};
-    struct timespec until;
     if (root <= 0 && fstat(dirfd, &st) < 0)
-        return NULL;
+        return -errno;
+    *a = (struct awaited){.root = root, .dev = st.st_dev, .ino = st.st_ino};
+    pthread_mutex_lock(&d->lock);
+    for (struct published *p = d->published; p && !a->report; p = p->next)
+        if (fits(a, p))
+            a->report = bn_report_ref(p->report);
+    a->next = d->awaited;
+    d->awaited = a;
+    pthread_mutex_unlock(&d->lock);
+    return 0;
+}
+
+struct bn_report *bn_awaited(struct daemon *d, struct awaited *a, unsigned timeout_ms)
+{
+    struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_nsec += (long)timeout_ms * 1000000;
     until.tv_sec += until.tv_nsec / 1000000000;
     until.tv_nsec %= 1000000000;
 
     pthread_mutex_lock(&d->lock);
-    struct bn_report *r = find_report(d, root, &st);
-    while (!r && pthread_cond_timedwait(&d->published_changed, &d->lock, &until) == 0)
-        r = find_report(d, root, &st);
+    while (!a->report && pthread_cond_timedwait(&d->published_changed, &d->lock, &until) == 0)
+        ;
+    struct bn_report *r = a->report;
     pthread_mutex_unlock(&d->lock);
     return r;
+}
+
+void bn_await_end(struct daemon *d, struct awaited *a)
+{
+    pthread_mutex_lock(&d->lock);
+    for (struct awaited **at = &d->awaited; *at; at = &(*at)->next)
+        if (*at == a) {
+            *at = a->next;
+            break;
+        }
+    pthread_mutex_unlock(&d->lock);
+    bn_report_unref(a->report);
 }
 
 /* ---- suspended trees ---- */

@@ -267,21 +267,26 @@ static int on_watch(struct client *c, struct request *rq, struct bn_writer *repl
     pid_t root = (pid_t)bn_read_u32(&rq->body);
     if (root == 0 && rq->fd < 0)
         return bn_error_set(err, EINVAL, "watch", "neither a pid nor a directory to watch");
+    struct awaited awaited;
+    int r = bn_await(c->d, &awaited, root, rq->fd);
+    if (r < 0)
+        return bn_error_set(err, r, "watch", "cannot watch: %s", strerror(-r));
     /* Tells the client that nothing will be missed from here on. */
     send_progress(c, &(struct bn_progress){.phase = "waiting"});
 
     struct bn_report *report = NULL;
     while (!report && !hung_up(c->fd))
-        report = bn_find_published(c->d, root, rq->fd, TICK_MS);
-    if (!report)
-        return -ECANCELED;
+        report = bn_awaited(c->d, &awaited, TICK_MS);
     struct bn_progress progress;
     struct bn_error outcome = BN_ERROR_INIT;
-    while (!bn_report_wait(report, TICK_MS, &progress, &outcome) && !hung_up(c->fd))
+    while (report && !bn_report_wait(report, TICK_MS, &progress, &outcome) && !hung_up(c->fd))
         send_progress(c, &progress);
-    struct bn_phases phases;
-    bn_report_phases(report, &phases);
-    bn_report_unref(report);
+    struct bn_phases phases = {0};
+    if (report)
+        bn_report_phases(report, &phases);
+    bn_await_end(c->d, &awaited);
+    if (!report)
+        return -ECANCELED;
     bn_write_phases(reply, &phases);
     if (outcome.code && err)
         *err = outcome;
