@@ -1,5 +1,7 @@
 #include "checkpoint/copies.h"
 
+#include "base/io.h"
+
 #include <errno.h>
 #include <poll.h>
 #include <stdlib.h>
@@ -34,10 +36,14 @@ int bn_copies_start(struct bn_copies *c, struct bn_quiesce *q, const char *name,
 
 static void end(struct bn_copies *c, struct bn_quiesce *q, uint64_t bytes)
 {
-    for (size_t i = 0; i < c->n; i++)
+    uint64_t last = 0;
+    for (size_t i = 0; i < c->n; i++) {
+        uint64_t ended = bn_copy_end_ns(c->jobs[i]);
+        last = ended > last ? ended : last;
         bn_copy_free(c->jobs[i]);
+    }
     free(c->jobs);
-    bn_report_end(q->report, c->phase, bytes);
+    bn_report_end_at(q->report, c->phase, last ? last : bn_now_ns(), bytes);
     *c = (struct bn_copies){.phase = -1};
 }
 

@@ -74,11 +74,16 @@ int bn_report_begin(struct bn_report *r, const char *name)
 
 void bn_report_end(struct bn_report *r, int phase, uint64_t bytes)
 {
+    bn_report_end_at(r, phase, bn_now_ns(), bytes);
+}
+
+void bn_report_end_at(struct bn_report *r, int phase, uint64_t end_ns, uint64_t bytes)
+{
     if (phase < 0)
         return;
     pthread_mutex_lock(&r->lock);
     struct bn_phase *p = &r->phases.phase[phase];
-    p->duration_ns = bn_now_ns() - r->began_ns - p->start_ns;
+    p->duration_ns = end_ns - r->began_ns - p->start_ns;
     p->bytes = bytes;
     pthread_mutex_unlock(&r->lock);
 }

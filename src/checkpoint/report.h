@@ -20,6 +20,8 @@ void bn_report_unref(struct bn_report *r);
 /* Phases may overlap. Returns a number for bn_report_end (-1 when the list is full: then nothing is kept of it). */
 int bn_report_begin(struct bn_report *r, const char *name);
 void bn_report_end(struct bn_report *r, int phase, uint64_t bytes);
+/* For work that went on in the background and ended at `end_ns` (bn_now_ns). */
+void bn_report_end_at(struct bn_report *r, int phase, uint64_t end_ns, uint64_t bytes);
 
 void bn_report_progress(struct bn_report *r, const char *phase, uint64_t done, uint64_t total);
 

@@ -3,6 +3,7 @@
 #include "gpu/copy.h"
 
 #include "base/cleanup.h"
+#include "base/io.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -275,6 +276,7 @@ static void *job_run(void *arg)
                      (unsigned long long)(job->total >> 20));
     }
     job->ended = true;
+    job->end_ns = bn_now_ns();
     pthread_cond_broadcast(&job->cond);
     uint64_t one = 1;
     ssize_t w = write(job->eventfd, &one, sizeof(one));
@@ -361,6 +363,15 @@ bool bn_copy_ended(const struct bn_copy *job)
     bool ended = job->ended;
     pthread_mutex_unlock(lock);
     return ended;
+}
+
+uint64_t bn_copy_end_ns(const struct bn_copy *job)
+{
+    pthread_mutex_t *lock = &((struct bn_copy *)job)->lock;
+    pthread_mutex_lock(lock);
+    uint64_t ns = job->end_ns;
+    pthread_mutex_unlock(lock);
+    return ns;
 }
 
 static struct timespec from_now(unsigned ms)

@@ -18,6 +18,7 @@ struct bn_copy {
     pthread_mutex_t lock; /* of everything below */
     pthread_cond_t cond;
     bool cancelled, ended;
+    uint64_t end_ns;
     int result;
     struct bn_error err;
     size_t at;       /* next piece: in extent `at` … */

@@ -234,6 +234,9 @@ int bn_copy_fd(const struct bn_copy *job);
 /* True once it has ended; bn_copy_wait then returns at once. */
 bool bn_copy_ended(const struct bn_copy *job);
 
+/* When it ended (bn_now_ns); 0: not yet. */
+uint64_t bn_copy_end_ns(const struct bn_copy *job);
+
 typedef void (*bn_copy_progress_fn)(void *arg, uint64_t done, uint64_t total);
 /* Wait for the end and return the result. `progress` (may be NULL) is called here every `interval_ms`. May
  * be called again. */
