@@ -176,32 +176,6 @@ int bn_evict_close(uint64_t timeout_ms, struct bn_answer *a)
     return 0;
 }
 
-static bool in_place(const struct bn_seg *seg)
-{
-    if (!seg->present)
-        return false;
-    for (const struct bn_map *m = seg->maps; m; m = m->next)
-        if (!m->mapped)
-            return false;
-    return true;
-}
-
-int bn_evict_open(struct bn_answer *a)
-{
-    if (state != BN_AGENT_CLOSED && !(state == BN_AGENT_EVICTED && missing == 0))
-        return bn_answer_fail(
-            a, EINVAL, 0,
-            state == BN_AGENT_EVICTED ? "%zu segments are not back yet" : "its gate is not closed", missing);
-    for (size_t i = 0; i < order_count; i++)
-        if (!in_place(order[i]))
-            return bn_answer_fail(a, EINVAL, 0, "segment %llu is not in place",
-                                  (unsigned long long)order[i]->by_id.key);
-    drop_order();
-    set_state(BN_AGENT_ACTIVE);
-    bn_gate_open();
-    return 0;
-}
-
 /* ---- listing and handing over ---------------------------------------------------------------------- */
 
 static void describe(const struct bn_seg *seg, struct bn_agent_segment *out)
@@ -336,6 +310,25 @@ int bn_evict_evict(struct bn_answer *a)
     return 0;
 }
 
+int bn_evict_open(struct bn_answer *a)
+{
+    if (state != BN_AGENT_CLOSED && !(state == BN_AGENT_EVICTED && missing == 0))
+        return bn_answer_fail(
+            a, EINVAL, 0,
+            state == BN_AGENT_EVICTED ? "%zu segments are not back yet" : "its gate is not closed", missing);
+    /* An eviction that failed half-way may have left something unmapped: once more. */
+    for (size_t i = 0; i < order_count; i++) {
+        CUresult r = map_segment(order[i]);
+        if (r != CUDA_SUCCESS)
+            return bn_answer_fail(a, EIO, r, "segment %llu of its GPU memory cannot be mapped: %s",
+                                  (unsigned long long)order[i]->by_id.key, cuda_text(r));
+    }
+    drop_order();
+    set_state(BN_AGENT_ACTIVE);
+    bn_gate_open();
+    return 0;
+}
+
 /* ---- giving back ----------------------------------------------------------------------------------- */
 
 static struct bn_seg *find_ordered(uint64_t id)
@@ -351,47 +344,70 @@ static struct bn_seg *find_ordered(uint64_t id)
     return low < order_count && order[low]->by_id.key == id ? order[low] : NULL;
 }
 
+/* Import what fd stands for into seg and keep fd; takes it over. A CUresult, or with *error an errno. */
+static CUresult hold(struct bn_seg *seg, int fd, int *error)
+{
+    CUresult r = bn_real.cuMemImportFromShareableHandle(&seg->real, (void *)(intptr_t)fd,
+                                                        CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+    if (r != CUDA_SUCCESS) {
+        seg->real = 0;
+        close(fd);
+        return r;
+    }
+    *error = -bn_kept_take(&seg->kept, fd);
+    if (*error == 0)
+        return CUDA_SUCCESS;
+    close(fd);
+    bn_real.cuMemRelease(seg->real);
+    seg->real = 0;
+    return CUDA_ERROR_OPERATING_SYSTEM;
+}
+
+/* After a failure to map: nothing of the segment is left here, or, where even that fails, its handle is kept for another try. */
+static void let_go(struct bn_seg *seg)
+{
+    if (unmap_segment(seg) != CUDA_SUCCESS)
+        return;
+    bn_real.cuMemRelease(seg->real);
+    seg->real = 0;
+    bn_kept_close(&seg->kept);
+}
+
 /* Takes over fd. */
 static int import_one(const struct bn_agent_segment *want, int fd, struct bn_answer *a)
 {
     struct bn_seg *seg = find_ordered(want->id);
     unsigned long long id = want->id;
+    int error = 0;
+    CUresult r = CUDA_SUCCESS;
     if (!seg || seg->size != want->size) {
         close(fd);
         return bn_answer_fail(a, EINVAL, 0, seg ? "segment %llu has another size" : "it has no segment %llu",
                               id);
     }
-    if (seg->present) {
-        close(fd);
-        return 0;
-    }
-    CUresult r = bn_real.cuMemImportFromShareableHandle(&seg->real, (void *)(intptr_t)fd,
-                                                        CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
-    if (r != CUDA_SUCCESS) {
-        close(fd);
-        return bn_answer_fail(a, r == CUDA_ERROR_OUT_OF_MEMORY ? ENOMEM : EIO, r,
-                              "segment %llu of its GPU memory cannot be imported: %s", id, cuda_text(r));
-    }
-    int kept = bn_kept_take(&seg->kept, fd);
-    if (kept < 0)
+    if (seg->present || seg->real)
         close(fd);
     else
-        r = map_segment(seg);
-    if (kept == 0 && r == CUDA_SUCCESS) {
-        seg->present = true;
-        bn_ipc_offer_again_locked(seg);
-        missing--;
+        r = hold(seg, fd, &error);
+    if (seg->present)
         return 0;
-    }
-    unmap_segment(seg);
-    bn_real.cuMemRelease(seg->real);
-    seg->real = 0;
-    bn_kept_close(&seg->kept);
-    if (kept < 0)
-        return bn_answer_fail(a, -kept, 0,
+    if (error)
+        return bn_answer_fail(a, error, 0,
                               "it can have no more open descriptors (ulimit -n) for segment %llu", id);
-    return bn_answer_fail(a, r == CUDA_ERROR_OUT_OF_MEMORY ? ENOMEM : EIO, r,
-                          "segment %llu of its GPU memory cannot be mapped: %s", id, cuda_text(r));
+    error = r == CUDA_ERROR_OUT_OF_MEMORY ? ENOMEM : EIO;
+    if (r != CUDA_SUCCESS)
+        return bn_answer_fail(a, error, r, "segment %llu of its GPU memory cannot be imported: %s", id,
+                              cuda_text(r));
+    r = map_segment(seg);
+    if (r != CUDA_SUCCESS) {
+        let_go(seg);
+        return bn_answer_fail(a, r == CUDA_ERROR_OUT_OF_MEMORY ? ENOMEM : EIO, r,
+                              "segment %llu of its GPU memory cannot be mapped: %s", id, cuda_text(r));
+    }
+    seg->present = true;
+    bn_ipc_offer_again_locked(seg);
+    missing--;
+    return 0;
 }
 
 int bn_evict_import(const struct bn_agent_segment *segs, unsigned n, const int *fds, struct bn_answer *a)
