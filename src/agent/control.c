@@ -4,6 +4,9 @@
 #include <string.h>
 #include <unistd.h>
 
+/* The gate was closed for a controller that has not touched the memory since. */
+static bool untouched;
+
 static void close_all(const int *fds, unsigned n)
 {
     for (unsigned i = 0; i < n; i++)
@@ -20,6 +23,27 @@ static const char *check(const struct bn_agent_msg *head, size_t len, unsigned n
     if (nfds != (head->type == BN_AGENT_IMPORT ? head->count : 0))
         return "its descriptors do not fit its count (the process may have too many open)";
     return NULL;
+}
+
+bool bn_control_open_alone(void)
+{
+    return untouched;
+}
+
+void bn_control_open(void)
+{
+    struct bn_answer unsent = {0};
+    untouched = false;
+    bn_evict_open(&unsent); /* where it refuses, memory is not in place: the gate had better stay closed */
+}
+
+static void note(uint32_t type, uint32_t before)
+{
+    uint32_t now = bn_agent_page()->state;
+    if (type == BN_AGENT_CLOSE && before != BN_AGENT_CLOSED && now == BN_AGENT_CLOSED)
+        untouched = true;
+    else if (now != BN_AGENT_CLOSED || type == BN_AGENT_IMPORT)
+        untouched = false;
 }
 
 static void dispatch(const struct bn_agent_msg *head, const struct bn_agent_segment *segs, const int *fds,
@@ -60,6 +84,8 @@ bool bn_control_handle(const void *packet, size_t len, const int *fds, unsigned 
         return true;
     }
     memcpy(segs, (const char *)packet + sizeof(head), head.count * sizeof(segs[0]));
+    uint32_t before = bn_agent_page()->state;
     dispatch(&head, segs, fds, answer);
+    note(head.type, before);
     return true;
 }

@@ -9,3 +9,9 @@
  * descriptors are the caller's to close); false: not worth an answer. */
 bool bn_control_handle(const void *packet, size_t len, const int *fds, unsigned nfds,
                        struct bn_answer *answer) BN_API_LOCAL;
+
+/* True while the gate is closed and the memory is as the application left it: then, and only then, it may open without being told
+ * so. After an IMPORT the controller may still be copying into the memory. */
+bool bn_control_open_alone(void) BN_API_LOCAL;
+/* Open it: the controller is gone. */
+void bn_control_open(void) BN_API_LOCAL;

@@ -7,9 +7,11 @@
 #include "agent/track.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 
@@ -21,6 +23,7 @@
 #define MEMFD_CLOEXEC 0x0001u
 #define MEMFD_SEALING 0x0002u
 #define DRAIN_MAX 1024
+#define CONTROLLER_LOOK_MS 200 /* between two looks whether the one who closed the gate still lives */
 
 static struct bn_agent_page own_page; /* until there is a shared one */
 static struct bn_agent_page *shared = &own_page;
@@ -149,6 +152,31 @@ static void answer(struct bn_answer *a)
     send_answer(a);
 }
 
+/* The controller holds a lock on the memfd through an open of its own, which ends with it: whoever gets the lock knows that there is
+ * no controller. */
+static void open_if_alone(void)
+{
+    if (!bn_kept_valid(&memfd) || flock(memfd.fd, LOCK_EX | LOCK_NB) < 0)
+        return;
+    struct pollfd p = {.fd = near.fd, .events = POLLIN};
+    if (poll(&p, 1, 0) == 0) /* nothing that it asked for is left to be done */
+        bn_control_open();
+    flock(memfd.fd, LOCK_UN);
+}
+
+/* Until there is a request. At rest, and while the memory is away, this wakes up for nothing else. */
+static void wait_for_request(void)
+{
+    while (bn_control_open_alone()) {
+        struct pollfd p = {.fd = near.fd, .events = POLLIN};
+        int n = poll(&p, 1, CONTROLLER_LOOK_MS);
+        if (n > 0)
+            return;
+        if (n == 0)
+            open_if_alone();
+    }
+}
+
 static void *agent_main(void *unused)
 {
     static char packet[BN_AGENT_MSG_MAX];
@@ -160,6 +188,7 @@ static void *agent_main(void *unused)
         int fds[BN_AGENT_BATCH];
         unsigned nfds = 0;
         /* Descriptors may arrive in any packet; where the limit leaves no room, they would silently be missing. */
+        wait_for_request();
         bool want_room = bn_load(&bn_agent_page()->state) == BN_AGENT_EVICTED;
         if (want_room)
             bn_fd_limit_lift();
