@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -52,6 +53,15 @@ def find_driver():
                                                                    "/usr/lib64"]
     paths += [f"{folder}/libcuda.so.1" for folder in folders if folder]
     return next((p for p in paths if os.path.exists(p)), None)
+
+
+def below(pid):
+    """The processes below pid."""
+    found = []
+    for children in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text().split():
+            found += [int(child), *below(child)]
+    return found
 
 
 class Program:
@@ -137,7 +147,7 @@ class Suite:
             return
         self.out = pathlib.Path(self.args.out or subprocess.check_output(["mktemp", "-d", "/tmp/bennu-results.XXXXXX"], text=True).strip())
         self.out.mkdir(parents=True, exist_ok=True)
-        self.logfile = open(self.out / "log.txt", "a", buffering=1)
+        self.logfile = open(self.out / "log.txt", "w", buffering=1)
         self.work = pathlib.Path(subprocess.check_output(["mktemp", "-d", "/tmp/bennu-gpu.XXXXXX"], text=True).strip())
         self.details = self.work / "details"
         self.details.mkdir()
@@ -145,7 +155,7 @@ class Suite:
         self.bin = pathlib.Path(self.args.sim or self.args.bundle).resolve()
         self.bennu, self.bennud = self.bin / "src/cli/bennu", self.bin / "src/daemon/bennud"
         self.agent = self.bin / "src/agent/libbennu.so"
-        self.daemon = None
+        self.daemon = self.daemon_log = None
         self.mounted = None
         # Of what is restored with --detach and then ends, this process is told; nobody else may wait for it.
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -160,7 +170,8 @@ class Suite:
             return folder
         folder = self.work / "images"
         folder.mkdir()
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=90%", "bennu-gpu", folder], capture_output=True).returncode == 0:
+        # Not in per cent: memory may be added to a virtual machine as it is used.
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={'90%' if self.sim else '96g'}", "bennu-gpu", folder], capture_output=True).returncode == 0:
             self.mounted = folder
         return folder
 
@@ -180,8 +191,10 @@ class Suite:
         """The environment of bennu and bennud."""
         e = self.env()
         e.pop("LD_LIBRARY_PATH", None) if self.sim else None
+        if (self.bin / "criu/bin/criu").exists():
+            e["BENNU_CRIU"] = str(self.bin / "criu/bin/criu")
         e.update(BENNU_RUNDIR=str(self.rundir), BENNU_AGENT=str(self.agent), BENNU_PLUGIN_DIR=str(self.bin / "src/criu"),
-                 BENNU_CRIU=str(self.bin / "criu/bin/criu"), BENNU_BENNUD=str(self.bennud))
+                 BENNU_BENNUD=str(self.bennud))
         return e
 
     def say(self, text=""):
@@ -202,7 +215,7 @@ class Suite:
             raise Failed(f"{' '.join(map(str, argv))}: not done in {timeout} s: "
                          f"{(e.stdout or b'').decode(errors='replace')[-2000:]}") from e
         if not quiet:
-            self.say(f"$ {' '.join(map(str, argv))}\n{r.stdout.rstrip()[-6000:]}")
+            self.say(f"$ {' '.join(map(str, argv))}\n{r.stdout.rstrip()[-40000:]}")
         if ok and r.returncode != 0:
             raise Failed(f"{' '.join(map(str, argv))}: status {r.returncode}: {r.stdout[-3000:]}")
         return r
@@ -292,10 +305,15 @@ class Suite:
             answer = {"ok": False, "text": r.stdout[-2000:]}
         return r.returncode, answer
 
+    @staticmethod
+    def logs_named(answer):
+        """The log files that a message names."""
+        return re.findall(r"(/[^\s()]+\.log)", str(answer.get("error", {}).get("message", "")))
+
     def explain_failure(self, program, *logs):
         """Everything that may say why: once, in the log."""
-        for log in logs:
-            if log and pathlib.Path(log).exists():
+        for log in dict.fromkeys(map(str, logs)):
+            if pathlib.Path(log).exists():
                 self.say(f"--- last lines of {log}\n{tail(log, 100)}")
                 shutil.copy(log, self.details / f"failed-{program.name}-{pathlib.Path(log).name}")
         self.say(f"--- bennud's log\n{tail(self.daemon_log, 60) if self.daemon else '(no daemon)'}")
@@ -319,15 +337,23 @@ class Suite:
         """bennu dump; the program is gone afterwards. Returns the folder of the checkpoint."""
         folder = self.images / f"{program.name}-{len(os.listdir(self.images))}"
         options = [*options, *(["--leave-running"] if leave_running else [])]
+        children = below(program.pid)
         code, answer = self.bennu_json(["dump", "--json", *options, program.pid, folder], timeout)
         if code != 0:
-            self.explain_failure(program, f"{folder}.log", folder / "dump.log")
+            self.explain_failure(program, f"{folder}.log", folder / "dump.log", *self.logs_named(answer))
             raise Failed(f"bennu dump of {program.name}: status {code}: {answer.get('error', answer)}")
         if not leave_running:
             program.wait_end(20)
             program.status = None
             program.popen = None
+            for child in children:  # they have become ours, see PR_SET_CHILD_SUBREAPER
+                try:
+                    os.waitpid(child, 0)
+                except ChildProcessError:
+                    pass
         size = sum(f.stat().st_size for f in folder.iterdir())
+        if (folder / "dump.log").exists():
+            shutil.copy(folder / "dump.log", self.details / f"{what.replace('/', '-')}-dump.log")
         self.phases(f"{what}/dump", answer)
         self.row(f"{what}/gpu_bytes", answer.get("gpu_bytes", 0), "bytes")
         self.row(f"{what}/image_bytes", size, "bytes", better="lower")
@@ -337,9 +363,7 @@ class Suite:
         code, answer = self.bennu_json(["restore", "--json", "--detach", folder], timeout)
         program.status = None
         if code != 0:
-            logs = sorted(self.images.glob("*.log")) + sorted(folder.glob("*.log")) + sorted(
-                pathlib.Path("/tmp").glob("bennu-*/*.log")) + sorted(pathlib.Path(self.rundir).glob("**/*.log"))
-            self.explain_failure(program, *logs)
+            self.explain_failure(program, *self.logs_named(answer))
             raise Failed(f"bennu restore of {program.name}: status {code}: {answer.get('error', answer)}")
         self.phases(f"{what}/restore", answer)
 
@@ -355,6 +379,8 @@ class Suite:
         used = self.gpu_used()
         self.say(f"GPU memory in use: {before} before, {used} while suspended (MiB)")
         if before is not None:
+            if used >= before:
+                raise Failed(f"no GPU memory is free that was not before: {before} and {used} MiB in use")
             self.row(f"{what}/gpu_used_while_suspended", used * 2**20, "bytes", better="lower")
         at = progress()
         self.command([self.bennu, "ps"], env=self.own_env(), ok=False)

@@ -107,13 +107,13 @@ def cuda_program(t, name):
     return made
 
 
-def compare(t, name, argv, env=None, timeout=240):
-    """Runs a program without and with the agent; says what differs, or returns None."""
+def compare(t, name, argv, by_path=False, timeout=240):
+    """Runs a program without and with the agent (preloaded, or found first on the library path); says what differs, or returns None."""
     got = []
     for agent in (False, True):
-        e = t.env(**(env or {}), **({"LD_PRELOAD": str(t.agent)} if agent else {}))
-        if t.sim and agent:
-            e.pop("LD_LIBRARY_PATH", None)
+        e = t.env(agent and not by_path)
+        if agent and by_path:
+            e["LD_LIBRARY_PATH"] = ":".join(filter(None, [str(t.agent.parent), os.environ.get("LD_LIBRARY_PATH")]))
         folder = t.work / f"home-{name}-{agent}"
         folder.mkdir(exist_ok=True)
         e.update(TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"), TRITON_CACHE_DIR=str(folder / "triton"),
@@ -156,13 +156,16 @@ def programs(t, frameworks=("pytorch", "expandable", "cupy", "jax", "compiled"))
                 t.say(f"{name}: {e}")
         for f in frameworks:
             todo[f] = [py, TESTS / "frameworks.py", f]
+        for name in ("pytorch", "runtime-static"):
+            if name in todo:
+                todo[f"{name}, by path"] = todo[name]
     wrong = []
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        futures = {name: pool.submit(compare, t, name.replace(" ", ""), argv) for name, argv in todo.items()}
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        futures = {name: pool.submit(compare, t, re.sub("[ ,]+", "-", name), argv, "by path" in name) for name, argv in todo.items()}
         for name, future in futures.items():
             problem, got = future.result()
             times = " and ".join(f"{g[3]:.2f} s" for g in got)
-            t.say(f"{'DIFFERENT' if problem else 'same     '} {name:16} {times} (without, with)  "
+            t.say(f"{'DIFFERENT' if problem else 'same     '} {name:24} {times} (without, with)  "
                   + (got[-1][1].strip().splitlines() or [""])[-1][:100])
             if got and got[0][0] != 0 and name not in ("bash",):
                 t.say(f"  {name} itself ends with {got[0][0]}: {got[0][2][-800:]}")
@@ -202,16 +205,45 @@ def semantics(t):
     return f"{len(without)} answers the same, {expected} known differences"
 
 
-def benchmark(t, name, *argv, timeout=120):
-    """A program of bench/, if it was built; what it prints goes to the log and, where a line ends in 'NUMBER UNIT', to the rows."""
+def benchmark(t, name, *argv, timeout=120, env=None):
+    """A program of bench/, if it was built. What it prints goes to the log, and each line that has a number and a unit after its text to
+    the rows as well."""
     program = t.bin / "bench" / name
     if not program.exists():
         raise Skipped(f"{program} was not built")
-    out = t.command([program, *argv], timeout=timeout).stdout
-    for line in out.splitlines():
-        m = re.fullmatch(r"(.+?)\s+([0-9.]+) (GB/s|ns|us|ms|s|%)", line.strip())
+    r = t.command([program, *argv], timeout=timeout, ok=False, env=t.env(**(env or {})))
+    (t.details / f"{name}.txt").write_text(r.stdout)
+    section = ""
+    for line in r.stdout.splitlines():
+        if line and not line[0].isspace():
+            section = line.split("  ")[0].strip() + "/"
+        m = re.match(r"(.*?\S)\s+(-?[0-9.]+) (GB/s|TB/s|ns|us|ms|s|%)(?:\s|$)", line.strip())
         if m:
-            t.row(f"{name}/{m[1].strip()}", float(m[2]), m[3], better="higher" if m[3] == "GB/s" else "lower")
+            t.row(f"{name}/{section if line[0].isspace() else ''}{m[1].strip()}", float(m[2]), m[3],
+                  better="higher" if m[3].endswith("B/s") else "lower")
+    if r.returncode != 0:
+        raise Failed(f"{name}: status {r.returncode}: {r.stdout[-500:]}")
+    return r.stdout
+
+
+def copy_speed(t):
+    options = ["--driver", t.bin / "sim/libcuda.so.1", "--bytes", "64M", "--rounds", "2"] if t.sim else ["--bytes", "4G", "--rounds", "3",
+                                                                                                     "--touch", "8"]
+    benchmark(t, "bench-copy", *options, timeout=100)
+
+
+def gate(t):
+    """What a gated call costs; both libraries in one process."""
+    driver = t.bin / "sim/libcuda.so.1" if t.sim else find_driver()
+    out = benchmark(t, "bench-gate", t.agent, driver, timeout=50, env={"BENNU_DRIVER": str(driver)})
+    cost = re.search(r"gate costs (-?[0-9.]+) ns", out)
+    t.row("a gated call costs", float(cost[1]), "ns", target=15)
+    return cost[0]
+
+
+def answers(t):
+    """What the driver answers where its reference is silent."""
+    benchmark(t, "bench-answers", *(["--driver", t.bin / "sim/libcuda.so.1"] if t.sim else []), timeout=60)
 
 
 # ---- (a) the C program ----
@@ -304,6 +336,50 @@ def alloc_suspend(t, size, rounds=2, agent=True):
         t.suspend_resume(program, f"alloc/{name}/{size}/round{i}", lambda: steps_done(program.text()))
         go_on(program)
     return end_alloc(t, program)
+
+
+def tree(t, size, rounds=2):
+    """A shell and two programs below it, one with and one without the agent: dumped and restored as one."""
+    t.need_daemon()
+    program = [t.bin / "test/gpu/gpu-alloc", *alloc_arguments(t, size)]
+    line = " ".join(map(str, program))
+    logs = [t.details / "tree-agent.out", t.details / "tree-driver.out"]
+    library = f"LD_LIBRARY_PATH={t.bin / 'sim'}" if t.sim else ""
+    shell = t.start("tree", ["bash", "-c", f"{line} >{logs[0]} 2>&1 & env -u LD_PRELOAD {library} {line} >{logs[1]} 2>&1 & wait"])
+
+    def both(n):
+        return lambda _: all(log.exists() and steps_done(log.read_text()) >= n for log in logs)
+
+    def more(n):
+        at = max(steps_done(log.read_text()) for log in logs)
+        shell.wait_for(both(at + n), f"{n} steps more of both\n{tail(logs[0], 5)}\n{tail(logs[1], 5)}")
+
+    shell.wait_for(both(3), "step 3 of both")
+    pids = [int(p) for p in pathlib.Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split()]
+    try:
+        for i in range(1, rounds + 1):
+            folder = t.dump(shell, f"tree/{size}/round{i}")
+            r = t.command([t.bennu, "inspect", "--json", folder], env=t.own_env(), quiet=True)
+            paths = sorted(p["path"] for p in json.loads(r.stdout)["processes"])
+            if paths != ["agent", "driver"]:
+                raise Failed(f"the checkpoint has processes of {paths}")
+            t.restore(shell, folder, f"tree/{size}/round{i}")
+            more(3)
+            t.remove_image(folder)
+        for pid in pids:
+            os.kill(pid, signal.SIGUSR1)
+        shell.wait_end()
+    except BaseException:
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        raise
+    for log in logs:
+        if not re.search(r"^done \d+$", log.read_text(), re.M):
+            raise Failed(f"{log.name}:\n{tail(log)}")
+    return "both went on, every byte right"
 
 
 def criu_alone(t):
