@@ -290,9 +290,11 @@ CUresult bn_wrap_cuMemGetAddressRange_v2(CUdeviceptr *pbase, size_t *psize, CUde
     CUdeviceptr base;
     if (!converted_at(dptr, &a, &base))
         return bn_real.cuMemGetAddressRange_v2(pbase, psize, dptr);
-    /* Through the driver all the same: it answers for a missing context and the like. */
+    /* The driver is asked all the same, for what it says of the thread; of the memory it knows another size, if any. */
     CUresult r = bn_real.cuMemGetAddressRange_v2(pbase, psize, dptr);
-    if (r != CUDA_SUCCESS)
+    if (r != CUDA_SUCCESS && r != CUDA_ERROR_NOT_FOUND && r != CUDA_ERROR_INVALID_VALUE)
+        return r;
+    if (!pbase && !psize)
         return r;
     if (pbase)
         *pbase = base;

@@ -276,3 +276,39 @@ CUresult bn_wrap_cuIpcCloseMemHandle(CUdeviceptr dptr)
     bn_seg_destroy_locked(seg);
     return r;
 }
+
+/* ---- memory pools of other processes: counted --------------------------------------------------------- */
+
+CUresult bn_wrap_cuMemPoolImportFromShareableHandle(CUmemoryPool *pool_out, void *handle,
+                                                    CUmemAllocationHandleType handleType,
+                                                    unsigned long long flags)
+{
+    BN_GATED();
+    CUresult r = bn_real.cuMemPoolImportFromShareableHandle(pool_out, handle, handleType, flags);
+    if (r != CUDA_SUCCESS || !pool_out)
+        return r;
+    BN_LOCKED();
+    uint64_t key = (uint64_t)(uintptr_t)*pool_out;
+    struct bn_node *n = bn_tree_find(&bn_track.imports, key) ? NULL : bn_pool_get(&bn_track.node_pool);
+    if (n) {
+        bn_tree_insert(&bn_track.imports, n, key);
+        bn_page_add(&bn_agent_page()->blockers.imported_handles, 1);
+    }
+    return r;
+}
+
+CUresult bn_wrap_cuMemPoolDestroy(CUmemoryPool pool)
+{
+    BN_GATED();
+    CUresult r = bn_real.cuMemPoolDestroy(pool);
+    if (r != CUDA_SUCCESS)
+        return r;
+    BN_LOCKED();
+    struct bn_node *n = bn_tree_find(&bn_track.imports, (uint64_t)(uintptr_t)pool);
+    if (n) {
+        bn_tree_remove(&bn_track.imports, n);
+        bn_pool_put(&bn_track.node_pool, n);
+        bn_page_add(&bn_agent_page()->blockers.imported_handles, -1);
+    }
+    return r;
+}

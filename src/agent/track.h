@@ -105,7 +105,7 @@ struct bn_track {
     struct bn_lock lock;
     struct bn_tree segs, maps, allocs;
     struct bn_tree captures; /* key: stream */
-    struct bn_tree imports;  /* key: address or pool of other processes' memory */
+    struct bn_tree imports;  /* key: memory pool of another process */
     struct bn_pool seg_pool, map_pool, alloc_pool, node_pool, ctx_pool, peer_pool;
     struct bn_ctx *ctxs;
     struct bn_peer *peers;

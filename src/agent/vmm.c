@@ -196,6 +196,21 @@ CUresult bn_wrap_cuMemAddressFree(CUdeviceptr ptr, size_t size)
     return bn_real.cuMemAddressFree(ptr, size);
 }
 
+/* The driver's part of a mapping. That of a multicast object may wait for other threads to join the team, which take the lock:
+ * it is given up meanwhile, and a reference keeps the segment. */
+static CUresult map_real_locked(CUdeviceptr ptr, size_t size, size_t offset, struct bn_seg *seg,
+                                unsigned long long flags)
+{
+    if (bn_seg_evictable(seg))
+        return bn_real.cuMemMap(ptr, size, offset, seg->real, flags);
+    seg->refs++;
+    bn_unlock(&bn_track.lock);
+    CUresult r = bn_real.cuMemMap(ptr, size, offset, seg->real, flags);
+    bn_lock(&bn_track.lock);
+    seg->refs--;
+    return r;
+}
+
 CUresult bn_wrap_cuMemMap(CUdeviceptr ptr, size_t size, size_t offset, CUmemGenericAllocationHandle handle,
                           unsigned long long flags)
 {
@@ -206,16 +221,18 @@ CUresult bn_wrap_cuMemMap(CUdeviceptr ptr, size_t size, size_t offset, CUmemGene
         return CUDA_ERROR_INVALID_VALUE;
     if (!seg)
         return bn_real.cuMemMap(ptr, size, offset, handle, flags);
-    CUresult r = bn_real.cuMemMap(ptr, size, offset, seg->real, flags);
-    if (r != CUDA_SUCCESS)
-        return r;
-    struct bn_map *map = bn_map_new_locked(seg, ptr, size, offset);
-    if (!map) {
-        bn_real.cuMemUnmap(ptr, size);
-        return CUDA_ERROR_OUT_OF_MEMORY;
+    CUresult r = map_real_locked(ptr, size, offset, seg, flags);
+    struct bn_map *map = r == CUDA_SUCCESS ? bn_map_new_locked(seg, ptr, size, offset) : NULL;
+    if (map) {
+        map->mapped = true;
+        return CUDA_SUCCESS;
     }
-    map->mapped = true;
-    return CUDA_SUCCESS;
+    if (r == CUDA_SUCCESS) {
+        bn_real.cuMemUnmap(ptr, size);
+        r = CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    bn_seg_settle_locked(seg);
+    return r;
 }
 
 CUresult bn_wrap_cuMemUnmap(CUdeviceptr ptr, size_t size)

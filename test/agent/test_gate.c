@@ -1,11 +1,16 @@
 /* The gate: while it is closed nobody is inside, and everybody goes on when it opens. Runs under ThreadSanitizer too. */
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <pthread.h>
+#include <sched.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -95,6 +100,44 @@ static void test_fenced(void **state)
     __atomic_fetch_or(&bn_gate_word, BN_GATE_FENCED, __ATOMIC_SEQ_CST);
     rounds(300);
     __atomic_fetch_and(&bn_gate_word, ~BN_GATE_FENCED, __ATOMIC_SEQ_CST);
+}
+
+/* A process where seccomp refuses membarrier, as some containers do: found at start, or only later. */
+static int refuse_membarrier(void)
+{
+    struct sock_filter code[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_membarrier, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog program = {sizeof(code) / sizeof(code[0]), code};
+    return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 ||
+           prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) < 0;
+}
+
+static void test_membarrier_refused(void **state)
+{
+    for (int later = 0; later < 2; later++) {
+        fflush(stdout);
+        pid_t child = fork();
+        if (child == 0) {
+            bn_gate_after_fork();
+            if (refuse_membarrier())
+                _exit(77);
+            if (!later)
+                bn_gate_init();
+            if (!later && !(bn_gate_word & BN_GATE_FENCED))
+                _exit(1);
+            rounds(20);
+            _exit(bn_gate_word == BN_GATE_FENCED ? 0 : 2);
+        }
+        int status;
+        assert_int_equal(waitpid(child, &status, 0), child);
+        if (WIFEXITED(status) && WEXITSTATUS(status) == 77)
+            skip();
+        assert_int_equal(status, 0);
+    }
 }
 
 static uint32_t holding, let_go;
@@ -189,11 +232,9 @@ int main(void)
 {
     bn_gate_init();
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_nobody_inside_while_closed),
-        cmocka_unit_test(test_fenced),
-        cmocka_unit_test(test_busy_reopens),
-        cmocka_unit_test(test_nodes_are_recycled),
-        cmocka_unit_test(test_exempt_passes_a_closed_gate),
+        cmocka_unit_test(test_nobody_inside_while_closed), cmocka_unit_test(test_fenced),
+        cmocka_unit_test(test_membarrier_refused),         cmocka_unit_test(test_busy_reopens),
+        cmocka_unit_test(test_nodes_are_recycled),         cmocka_unit_test(test_exempt_passes_a_closed_gate),
         cmocka_unit_test(test_forked_child_is_free),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

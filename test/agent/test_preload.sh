@@ -9,7 +9,7 @@ linked=$2
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failures=0
-unset BENNU_DRIVER
+unset BENNU_DRIVER BENNU_SELF_REAL LD_LIBRARY_PATH
 
 check() { # NAME EXPECTED COMMAND…
     local name=$1 expected=$2 got
@@ -56,6 +56,8 @@ check 'two agents before the driver' "local b0b0b0b0" env LD_PRELOAD="$agent" LD
 cp -L "$driver" "$work/path/libcuda.so.999.88.77"
 check 'agent in the place of the driver' "local b0b0b0b0" env LD_LIBRARY_PATH="$work/path" "$prog" local
 rm "$work/path/libcuda.so.999.88.77"
+cp -L "$driver" "$work/hidden"
+check 'driver kept elsewhere' "local b0b0b0b0" env BENNU_SELF_REAL="$work/hidden" LD_LIBRARY_PATH="$work/path" "$prog" local
 
 # A driver that cannot be loaded, or none.
 echo 'no library' >"$work/broken"
