@@ -29,11 +29,9 @@ def make_model(shape):
     torch.manual_seed(1234)
     config = Qwen2Config(**SHAPES[shape])
     with torch.device("cuda"):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
-        model = AutoModelForCausalLM.from_config(config)
-        torch.set_default_dtype(before)
-    return model.to(torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    assert model.lm_head.weight.is_cuda and model.lm_head.weight.dtype == torch.bfloat16
+    return model.eval()
 
 
 def make_ballast(gigabytes):

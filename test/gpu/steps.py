@@ -107,28 +107,33 @@ def cuda_program(t, name):
     return made
 
 
-def compare(t, name, argv, by_path=False, timeout=240):
-    """Runs a program without and with the agent (preloaded, or found first on the library path); says what differs, or returns None."""
-    got = []
-    for agent in (False, True):
-        e = t.env(agent and not by_path)
-        if agent and by_path:
-            e["LD_LIBRARY_PATH"] = ":".join(filter(None, [str(t.agent.parent), os.environ.get("LD_LIBRARY_PATH")]))
-        folder = t.work / f"home-{name}-{agent}"
-        folder.mkdir(exist_ok=True)
-        e.update(TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"), TRITON_CACHE_DIR=str(folder / "triton"),
-                 CUPY_CACHE_DIR=str(folder / "cupy"))
-        began = time.monotonic()
-        try:
-            r = subprocess.run([str(a) for a in argv], env=e, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                               errors="replace", timeout=timeout, cwd=t.work)
-            got.append((r.returncode, r.stdout, r.stderr, time.monotonic() - began))
-        except subprocess.TimeoutExpired as x:
-            got.append((-1, "", f"not done in {x.timeout} s", timeout))
-        except FileNotFoundError as x:
-            return f"{name}: {x}", got
-        (t.details / f"compare-{name}-{'with' if agent else 'without'}.txt").write_text(
-            f"{got[-1][0]}\n{got[-1][1]}\n---\n{got[-1][2]}\n")
+def run_beside(t, name, argv, agent, by_path, timeout):
+    """One of the two runs of compare(): status, both outputs, seconds."""
+    e = t.env(agent and not by_path)
+    if agent and by_path:
+        e["LD_LIBRARY_PATH"] = ":".join(filter(None, [str(t.agent.parent), os.environ.get("LD_LIBRARY_PATH")]))
+    home = t.work / f"home-{name}-{agent}"
+    home.mkdir(exist_ok=True)
+    # Neither run finds what the other compiled.
+    e.update(TORCHINDUCTOR_CACHE_DIR=str(home / "inductor"), TRITON_CACHE_DIR=str(home / "triton"), CUPY_CACHE_DIR=str(home / "cupy"))
+    began = time.monotonic()
+    try:
+        r = subprocess.run([str(a) for a in argv], env=e, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+                           timeout=timeout, cwd=t.work)
+        got = (r.returncode, r.stdout, r.stderr, time.monotonic() - began)
+    except subprocess.TimeoutExpired:
+        got = (-1, "", f"not done in {timeout} s", timeout)
+    except FileNotFoundError as x:
+        got = (127, "", str(x), 0)
+    (t.details / f"compare-{name}-{'with' if agent else 'without'}.txt").write_text(f"{got[0]}\n{got[1]}\n---\n{got[2]}\n")
+    return got
+
+
+def compare(t, name, argv, by_path=False, at_once=True, timeout=200):
+    """Runs a program without and with the agent (preloaded, or found first on the library path). Returns what differs, or None, and what
+    both did."""
+    with concurrent.futures.ThreadPoolExecutor(2 if at_once else 1) as pool:
+        got = list(pool.map(lambda agent: run_beside(t, name, argv, agent, by_path, timeout), (False, True)))
     (code0, out0, err0, _), (code1, out1, err1, _) = got
     if code0 != code1 or out0 != out1:
         diff = list(difflib.unified_diff(out0.splitlines(), out1.splitlines(), "without", "with", lineterm="", n=1))
@@ -181,11 +186,11 @@ def programs(t, frameworks=("pytorch", "expandable", "cupy", "jax", "compiled"))
 def semantics(t):
     """The answers to many questions about allocations are those of the driver, but for the known differences."""
     known = [re.compile(line) for line in (TESTS / "semantics.known").read_text().splitlines() if line and not line.startswith("#")]
-    problem, got = compare(t, "semantics", [t.bin / "test/gpu/gpu-semantics"], timeout=120)
+    _, got = compare(t, "semantics", [t.bin / "test/gpu/gpu-semantics"], at_once=False, timeout=100)
     without, with_ = (g[1].splitlines() for g in got)
     if not without or without[-1] != "end":
         raise Failed(f"gpu-semantics does not get to its end without the agent: {got[0][0]}, {without[-3:]} {got[0][2]}")
-    section, new, expected = "", [], 0
+    new, expected = [], 0
     matcher = difflib.SequenceMatcher(None, without, with_, autojunk=False)
     for tag, a0, a1, b0, b1 in matcher.get_opcodes():
         if tag == "equal":
