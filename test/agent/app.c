@@ -9,6 +9,7 @@
  *   export I            cuMemExportToShareableHandle of block I
  *   capture / endcapture     on a stream of its own
  *   hammer / stop       threads that copy and check all the time / their number of calls
+ *   block / unblock     work on the stream that does not end / ends; "wait" begins a thread that waits for it
  *   free I              block I
  *   limit N             soft limit of descriptors
  *   fork                a child that checks what a child may expect
@@ -195,6 +196,43 @@ static void set_limit(unsigned n)
     printf(setrlimit(RLIMIT_NOFILE, &limit) == 0 ? "ok\n" : "no 0 setrlimit\n");
 }
 
+static int blocked;
+static pthread_t waiter;
+
+static void hold_stream(void *unused)
+{
+    while (__atomic_load_n(&blocked, __ATOMIC_ACQUIRE))
+        usleep(1000);
+}
+
+static void *wait_for_stream(void *unused)
+{
+    must(cu.cuCtxSetCurrent(context), "cuCtxSetCurrent");
+    must(cu.cuStreamSynchronize(stream), "cuStreamSynchronize");
+    return NULL;
+}
+
+static bool blocking(const char *word)
+{
+    if (strcmp(word, "block") == 0) {
+        blocked = 1;
+        must(cu.cuLaunchHostFunc(stream, hold_stream, NULL), "cuLaunchHostFunc");
+    } else if (strcmp(word, "wait") == 0) {
+        pthread_create(&waiter, NULL, wait_for_stream, NULL);
+        usleep(50000); /* it is inside soon; the test does not depend on it */
+    } else if (strcmp(word, "unblock") == 0) {
+        __atomic_store_n(&blocked, 0, __ATOMIC_RELEASE);
+        if (waiter)
+            pthread_join(waiter, NULL);
+        waiter = 0;
+        must(cu.cuStreamSynchronize(stream), "cuStreamSynchronize");
+    } else {
+        return false;
+    }
+    printf("ok\n");
+    return true;
+}
+
 static CUdeviceptr managed, opened;
 
 static void ipc_get(int i)
@@ -272,7 +310,7 @@ static bool special(const char *word, unsigned long a)
 
 static void obey(const char *word, unsigned long a, unsigned long b)
 {
-    if (special(word, a))
+    if (blocking(word) || special(word, a))
         return;
     if (strcmp(word, "alloc") == 0) {
         struct block *block = &blocks[count++];

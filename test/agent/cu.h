@@ -55,6 +55,7 @@
     X(cuStreamCreate)                         \
     X(cuStreamDestroy_v2)                     \
     X(cuStreamSynchronize)                    \
+    X(cuLaunchHostFunc)                       \
     X(cuStreamBeginCapture_v2)                \
     X(cuStreamEndCapture)                     \
     X(cuGraphDestroy)                         \

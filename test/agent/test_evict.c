@@ -560,6 +560,100 @@ static void test_ipc(void **state)
     child_end(&user);
 }
 
+/* Work that does not end in time: the answer names it, the program goes on, and the next try finds it done. */
+static void test_busy(void **state)
+{
+    struct child c;
+    child_start(&c, NULL);
+    populate(&c);
+    struct bn_agent *a = attach(&c);
+    for (int inside = 0; inside < 2; inside++) {
+        struct bn_error said = BN_ERROR_INIT;
+        child_do(&c, "block");
+        if (inside)
+            child_do(&c, "wait");
+        assert_int_equal(bn_agent_close_gate(a, 150, &said), -EBUSY);
+        assert_non_null(strstr(said.text, "did not end within 150 ms"));
+        assert_int_equal(page_of(a).state, BN_AGENT_ACTIVE);
+        said = (struct bn_error)BN_ERROR_INIT;
+        assert_int_equal(bn_agent_close_gate(a, 150, &said), -EBUSY);
+        child_do(&c, "alloc 2"); /* the gate is open */
+        child_do(&c, "unblock");
+        CHECK(bn_agent_close_gate(a, 30000, err));
+        CHECK(bn_agent_open_gate(a, err));
+    }
+    child_do(&c, "check 1");
+    bn_agent_free(a);
+    child_end(&c);
+}
+
+/* The driver fails in the middle of things: nothing is lost, and another try succeeds. */
+static void say_failure(const char *path, const char *rule)
+{
+    FILE *f = fopen(path, "we");
+    assert_non_null(f);
+    fprintf(f, "%s\n", rule);
+    fclose(f);
+}
+
+static void test_driver_fails(void **state)
+{
+    static const char *const evict[] = {"cuMemUnmap:1=999", "cuMemUnmap:4=999",
+                                        "cuMemExportToShareableHandle:3=304"};
+    static const char *const import[] = {"cuMemImportFromShareableHandle:1=2", "cuMemMap:3=2",
+                                         "cuMemSetAccess:5=999", "cuMemImportFromShareableHandle:6=999"};
+    char path[] = "/tmp/bennu-agent-test-XXXXXX", rule[128];
+    struct child c;
+    int fd = mkstemp(path), round = 0;
+    assert_true(fd >= 0);
+    close(fd);
+    setenv("BENNU_SIM_FAIL_FILE", path, 1);
+    child_start(&c, NULL);
+    unsetenv("BENNU_SIM_FAIL_FILE");
+    populate(&c);
+    struct bn_agent *a = attach(&c);
+    for (size_t i = 0; i < sizeof(evict) / sizeof(evict[0]); i++) {
+        struct held h = {0};
+        struct bn_error said = BN_ERROR_INIT;
+        CHECK(bn_agent_close_gate(a, 10000, err));
+        CHECK(bn_agent_list(a, &h.segs, &h.n, err));
+        h.fds = malloc((h.n + 1) * sizeof(int));
+        snprintf(rule, sizeof(rule), "%s,none:%d=1", evict[i], ++round);
+        say_failure(path, rule);
+        int r = bn_agent_export(a, h.segs, h.n, h.fds, &said);
+        if (r == 0)
+            r = bn_agent_evict(a, &said);
+        else
+            h.n = 0;
+        assert_int_equal(r, -EIO);
+        assert_int_equal(page_of(a).state, BN_AGENT_CLOSED);
+        CHECK(bn_agent_open_gate(a, err));
+        held_free(&h);
+        child_do(&c, "check 1");
+    }
+    for (size_t i = 0; i < sizeof(import) / sizeof(import[0]); i++) {
+        struct held h = {0};
+        struct bn_error said = BN_ERROR_INIT;
+        CHECK(bn_agent_close_gate(a, 10000, err));
+        list_and_export(a, &h);
+        CHECK(bn_agent_evict(a, err));
+        snprintf(rule, sizeof(rule), "%s,none:%d=1", import[i], ++round);
+        say_failure(path, rule);
+        int r = bn_agent_import(a, h.segs, h.fds, h.n, &said);
+        assert_true(r == -ENOMEM || r == -EIO);
+        assert_int_equal(page_of(a).state, BN_AGENT_EVICTED);
+        said = (struct bn_error)BN_ERROR_INIT;
+        assert_int_equal(bn_agent_open_gate(a, &said), -EINVAL);
+        CHECK(bn_agent_import(a, h.segs, h.fds, h.n, err));
+        CHECK(bn_agent_open_gate(a, err));
+        held_free(&h);
+        child_do(&c, "check 1");
+    }
+    unlink(path);
+    bn_agent_free(a);
+    child_end(&c);
+}
+
 static void test_fork(void **state)
 {
     struct child c;
@@ -589,6 +683,7 @@ int main(void)
         cmocka_unit_test(test_malformed),    cmocka_unit_test(test_unread_answers),
         cmocka_unit_test(test_low_limit),    cmocka_unit_test(test_no_descriptors_at_all),
         cmocka_unit_test(test_fork),         cmocka_unit_test(test_ipc),
+        cmocka_unit_test(test_busy),         cmocka_unit_test(test_driver_fails),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -82,6 +82,38 @@ static void test_failure_leaves_nothing(void **state)
     assert_int_equal(page().allocations, before.allocations);
 }
 
+/* Any step of a conversion fails: the program gets memory of the driver's own or the error it would have got, and nothing is
+ * left behind. */
+static void test_conversion_fails(void **state)
+{
+    static const char *const rules[] = {
+        "cuMemAddressReserve:1=999", "cuMemAddressReserve:1=2", "cuMemCreate:1+=999",
+        "cuMemCreate:1+=801",        "cuMemMap:1=999",          "cuMemSetAccess:1=999"};
+    const char *path = need_env("BENNU_SIM_FAIL_FILE");
+    struct bn_agent_page before = page();
+    size_t room = free_memory();
+    for (size_t i = 0; i <= sizeof(rules) / sizeof(rules[0]); i++) {
+        CUdeviceptr p = 0;
+        bool last = i == sizeof(rules) / sizeof(rules[0]);
+        FILE *f = fopen(path, "we");
+        assert_non_null(f);
+        fprintf(f, "%s,none:%zu=1\n", last ? "cuMemCreate:1=2" : rules[i], i + 1);
+        fclose(f);
+        CUresult r = cu.cuMemAlloc_v2(&p, 4 * MIB);
+        assert_int_equal(r, last ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS);
+        assert_int_equal(page().gpu[0].segments, before.gpu[0].segments);
+        if (last)
+            break;
+        assert_int_equal(cu.cuMemsetD8_v2(p, 1, 4 * MIB), 0);
+        assert_int_equal(page().native_bytes, before.native_bytes + 4 * MIB);
+        assert_int_equal(cu.cuMemFree_v2(p), 0);
+        assert_int_equal(free_memory(), room);
+    }
+    assert_int_equal(truncate(path, 0), 0);
+    assert_int_equal(page().native_bytes, before.native_bytes);
+    assert_int_equal(free_memory(), room);
+}
+
 static void test_address_range(void **state)
 {
     CUdeviceptr p, base;
@@ -459,6 +491,12 @@ static void test_capture_rules(void **state)
 
 int main(void)
 {
+    char path[] = "/tmp/bennu-agent-test-XXXXXX";
+    int fd = mkstemp(path);
+    if (fd < 0)
+        return 1;
+    close(fd);
+    setenv("BENNU_SIM_FAIL_FILE", path, 1);
     cu_load(&cu, need_env("BENNU_AGENT"), RTLD_NOW | RTLD_LOCAL);
     cu_load(&native, need_env("BENNU_DRIVER"), RTLD_NOW | RTLD_LOCAL);
     if (cu.cuInit(0) != CUDA_SUCCESS || cu.cuCtxCreate_v2(&ctx, 0, 0) != CUDA_SUCCESS ||
@@ -470,6 +508,7 @@ int main(void)
         cmocka_unit_test(test_conversion_threshold),
         cmocka_unit_test(test_bad_arguments_as_native),
         cmocka_unit_test(test_failure_leaves_nothing),
+        cmocka_unit_test(test_conversion_fails),
         cmocka_unit_test(test_address_range),
         cmocka_unit_test(test_pointer_attributes),
         cmocka_unit_test(test_pitch),
@@ -485,5 +524,6 @@ int main(void)
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     bn_agent_free(agent);
+    unlink(path);
     return failed;
 }
