@@ -109,9 +109,8 @@ static void note_native(CUdeviceptr p, size_t bytes, bool managed)
 {
     if (!bn_agent_converting())
         return;
-    CUdevice dev = 0;
     CUcontext ctx = NULL;
-    if (bn_real.cuCtxGetDevice(&dev) != CUDA_SUCCESS || bn_real.cuCtxGetCurrent(&ctx) != CUDA_SUCCESS)
+    if (bn_real.cuCtxGetCurrent(&ctx) != CUDA_SUCCESS)
         return;
     BN_LOCKED();
     if (bn_tree_find(&bn_track.allocs, p))
@@ -121,7 +120,6 @@ static void note_native(CUdeviceptr p, size_t bytes, bool managed)
         return;
     a->bytes = bytes;
     a->ctx = ctx;
-    a->dev = dev;
     a->managed = managed;
     bn_tree_insert(&bn_track.allocs, &a->by_va, p);
     struct bn_agent_page *page = bn_agent_page();

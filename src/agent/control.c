@@ -1,5 +1,7 @@
 #include "agent/control.h"
 
+#include "agent/purge.h"
+
 #include <errno.h>
 #include <string.h>
 #include <unistd.h>
@@ -56,6 +58,7 @@ static void dispatch(const struct bn_agent_msg *head, const struct bn_agent_segm
     case BN_AGENT_LIST: bn_evict_list(head->arg, a); break;
     case BN_AGENT_EXPORT: bn_evict_export(head->arg, a); break;
     case BN_AGENT_EVICT: bn_evict_evict(a); break;
+    case BN_AGENT_PURGE: a->head.arg = bn_agent_page()->state == BN_AGENT_EVICTED ? bn_purge() : 0; break;
     case BN_AGENT_IMPORT: bn_evict_import(segs, head->count, fds, a); break;
     default:
         bn_answer_fail(a, EOPNOTSUPP, 0, "this agent (%s) does not know request %u",

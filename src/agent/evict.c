@@ -1,6 +1,7 @@
 /* Taking the process's GPU memory away and giving it back. All of it in the agent's thread; from CLOSE to OPEN no thread of the
  * application is inside the driver, so the tables stand still. */
 #include "agent/agent.h"
+#include "agent/purge.h"
 #include "agent/capture.h"
 #include "agent/gate.h"
 #include "agent/idle.h"
@@ -307,6 +308,7 @@ int bn_evict_evict(struct bn_answer *a)
     missing = order_count;
     __atomic_fetch_add(&bn_agent_page()->epoch, 1, __ATOMIC_RELAXED);
     set_state(BN_AGENT_EVICTED);
+    bn_purge_note();
     return 0;
 }
 

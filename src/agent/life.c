@@ -39,7 +39,7 @@ struct bn_agent_page *bn_agent_page(void)
 
 bool bn_agent_converting(void)
 {
-    return bn_load(&converting) != 0;
+    return bn_load_acq(&converting) != 0; /* what bn_track_devices wrote is there */
 }
 
 int bn_agent_placeholder(void)
@@ -182,6 +182,7 @@ static void *agent_main(void *unused)
     static char packet[BN_AGENT_MSG_MAX];
     static struct bn_answer a;
     CUstreamCaptureMode relaxed = CU_STREAM_CAPTURE_MODE_RELAXED;
+    bn_store(&bn_agent_page()->tid, (uint32_t)syscall(SYS_gettid));
     if (bn_real.cuThreadExchangeStreamCaptureMode)
         bn_real.cuThreadExchangeStreamCaptureMode(&relaxed);
     while (bn_kept_valid(&near)) {
@@ -313,7 +314,7 @@ void bn_agent_start(void)
     if (r == 0) {
         what = "start its thread";
         bn_store(&bn_agent_page()->state, (uint32_t)BN_AGENT_ACTIVE);
-        bn_store(&converting, 1);
+        bn_store_rel(&converting, 1);
         r = bn_thread_start("bennu-agent", agent_main, NULL);
     }
     if (r < 0) {

@@ -72,7 +72,7 @@ struct bn_alloc {
     uint64_t bytes;       /* as asked for */
     struct bn_seg *seg;   /* NULL: native */
     CUcontext ctx;
-    CUdevice dev;
+    CUdevice dev; /* of converted ones */
     bool managed;
     uint32_t opens;     /* memory of another process: how often its IPC handle is open here */
     uint64_t origin_id; /* and whose it is */

@@ -226,6 +226,26 @@ static void test_threads_wait(void **state)
     child_end(&c);
 }
 
+static void test_many_closings(void **state)
+{
+    struct child c;
+    child_start(&c, NULL);
+    populate(&c);
+    child_do(&c, "hammer");
+    struct bn_agent *a = attach(&c);
+    for (int round = 0; round < 1000; round++) {
+        CHECK(bn_agent_close_gate(a, 20000, err));
+        CHECK(bn_agent_open_gate(a, err));
+    }
+    bn_agent_free(a);
+    unsigned long calls = 0, wrong = 1;
+    child_do(&c, "stop");
+    assert_int_equal(sscanf(c.answer, "ok %lu %lu", &calls, &wrong), 2);
+    assert_int_equal(wrong, 0);
+    assert_true(calls > 0);
+    child_end(&c);
+}
+
 /* A controller that is killed at any step leaves a process that the next one can bring back. `steps`: how far it gets. */
 static void killed_controller(const struct child *c, int steps, const struct held *h)
 {
@@ -677,13 +697,21 @@ int main(void)
         return 1;
     }
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_rounds),       cmocka_unit_test(test_page),
-        cmocka_unit_test(test_threads_wait), cmocka_unit_test(test_killed_controllers),
-        cmocka_unit_test(test_refusals),     cmocka_unit_test(test_nothing_allocated),
-        cmocka_unit_test(test_malformed),    cmocka_unit_test(test_unread_answers),
-        cmocka_unit_test(test_low_limit),    cmocka_unit_test(test_no_descriptors_at_all),
-        cmocka_unit_test(test_fork),         cmocka_unit_test(test_ipc),
-        cmocka_unit_test(test_busy),         cmocka_unit_test(test_driver_fails),
+        cmocka_unit_test(test_rounds),
+        cmocka_unit_test(test_page),
+        cmocka_unit_test(test_threads_wait),
+        cmocka_unit_test(test_many_closings),
+        cmocka_unit_test(test_killed_controllers),
+        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_nothing_allocated),
+        cmocka_unit_test(test_malformed),
+        cmocka_unit_test(test_unread_answers),
+        cmocka_unit_test(test_low_limit),
+        cmocka_unit_test(test_no_descriptors_at_all),
+        cmocka_unit_test(test_fork),
+        cmocka_unit_test(test_ipc),
+        cmocka_unit_test(test_busy),
+        cmocka_unit_test(test_driver_fails),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
