@@ -97,6 +97,22 @@ int bn_proc_tracer(pid_t pid, pid_t *tracer)
     return status_field(pid, "\nTracerPid:", false, tracer);
 }
 
+pid_t bn_proc_thread(pid_t pid, pid_t inner)
+{
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/%d/task", pid);
+    bn_auto_dir DIR *d = opendir(path);
+    if (!d)
+        return errno == ENOENT ? -ESRCH : -errno;
+    for (struct dirent *e = readdir(d); e; e = readdir(d)) {
+        /* Any thread has a folder of its own below /proc, unlisted. */
+        pid_t tid = (pid_t)strtol(e->d_name, NULL, 10), seen;
+        if (tid > 0 && bn_proc_inner_pid(tid, &seen) == 0 && seen == inner)
+            return tid;
+    }
+    return -ESRCH;
+}
+
 int bn_proc_comm(pid_t pid, char out[16])
 {
     bn_auto_free char *buf = NULL;

@@ -14,6 +14,8 @@ int bn_proc_state(pid_t pid, char *state);
 /* The pid as the process itself sees it (last NSpid), and its tracer in our namespace (0: none). Either may be NULL. */
 int bn_proc_inner_pid(pid_t pid, pid_t *inner);
 int bn_proc_tracer(pid_t pid, pid_t *tracer);
+/* The thread of `pid` that sees itself as `inner`, in our pid namespace. -ESRCH: there is none. */
+pid_t bn_proc_thread(pid_t pid, pid_t inner);
 /* Command name, at most 15 characters. */
 int bn_proc_comm(pid_t pid, char out[16]);
 

@@ -4,6 +4,7 @@
 #include "base/proc.h"
 #include "checkpoint/copies.h"
 #include "checkpoint/describe.h"
+#include "checkpoint/record.h"
 #include "store/image_dir.h"
 #include "store/pack.h"
 
@@ -20,6 +21,7 @@ struct bn_dump {
     struct bn_pack_writer *writer;
     struct bn_copies copies;
     struct store_part *parts; /* one a part of a target */
+    uint64_t record;          /* of the unfinished image; 0: none */
 };
 
 struct store_part {
@@ -71,6 +73,8 @@ static int start_writing(struct bn_quiesce *q, struct bn_error *err)
     int r = bn_describe(q, &d->manifest, err);
     if (r == 0)
         r = bn_store_check_space(d->dirfd, bn_manifest_bytes(d->manifest), err);
+    if (r == 0)
+        r = bn_record_image(q, d->dirfd, &d->record, err);
     struct bn_pack_options options = {.flags = BN_PACK_NOSYNC};
     if (r == 0)
         r = bn_pack_writer_open(d->dirfd, d->manifest->key, d->manifest->n_chunks, &options, &d->writer, err);
@@ -91,8 +95,17 @@ static int stop_writing(struct bn_quiesce *q, struct bn_error *err)
 
 /* ---- life of a dump ---- */
 
+static void drop_image_record(struct bn_dump *d)
+{
+    if (d->record)
+        d->q.env->guard->drop(d->q.env->guard, d->record);
+    d->record = 0;
+}
+
 static void dump_free(struct bn_dump *d)
 {
+    drop_image_record(d);
+    bn_records_drop(&d->q, true);
     bn_targets_free(&d->q.targets);
     bn_manifest_free(d->manifest);
     bn_report_unref(d->q.report);
@@ -155,6 +168,30 @@ int bn_dump_covers(const struct bn_dump *d, pid_t pid, struct bn_error *err)
                         "process %d began to use CUDA while the checkpoint was under way: try again", pid);
 }
 
+static struct bn_agent *agent_of(const struct bn_dump *d, pid_t pid)
+{
+    ssize_t i = bn_targets_index(&d->q.targets, pid);
+    return i < 0 ? NULL : d->q.targets.v[i].agent;
+}
+
+pid_t bn_dump_thread(const struct bn_dump *d, pid_t pid)
+{
+    struct bn_agent *agent = agent_of(d, pid);
+    pid_t tid = agent ? bn_agent_tid(agent) : 0;
+    return tid > 0 ? tid : 0;
+}
+
+int bn_dump_purge(const struct bn_dump *d, pid_t pid, uint64_t *freed, struct bn_error *err)
+{
+    struct bn_agent *agent = agent_of(d, pid);
+    if (!agent)
+        return bn_error_set(err, ENOENT, "purge", "process %d has no agent", pid);
+    int phase = bn_report_begin(d->q.report, "purge");
+    int r = bn_agent_purge(agent, freed, err);
+    bn_report_end(d->q.report, phase, r == 0 ? *freed : 0);
+    return r;
+}
+
 static int add_phases(struct bn_dump *d)
 {
     struct bn_phases phases;
@@ -181,9 +218,11 @@ static int sync_all(struct bn_dump *d, struct bn_error *err)
 
 int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err)
 {
+    bn_kill_point(d->q.env, "commit", "begin");
     int r = bn_copies_finish(&d->copies, &d->q, cancel, err);
     if (r == 0)
         r = bn_pack_writer_finish(d->writer, d->manifest, err);
+    bn_kill_point(d->q.env, "commit", "one");
     if (r == 0)
         r = sync_all(d, err);
     if (r == 0 && add_phases(d) < 0)
@@ -196,6 +235,7 @@ int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err)
     }
     bn_pack_writer_close(d->writer);
     d->writer = NULL;
+    bn_kill_point(d->q.env, "commit", "end");
     return 0;
 }
 

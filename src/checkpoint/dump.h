@@ -28,6 +28,10 @@ const struct bn_targets *bn_dump_targets(const struct bn_dump *d);
 /* 1: part of the dump; 0: uses no CUDA; -EAGAIN with a text: it began to use CUDA after the dump had. */
 int bn_dump_covers(const struct bn_dump *d, pid_t pid, struct bn_error *err);
 
+/* The thread of pid's agent (0: none), and what it does when all others are stopped: bn_agent_purge. */
+pid_t bn_dump_thread(const struct bn_dump *d, pid_t pid);
+int bn_dump_purge(const struct bn_dump *d, pid_t pid, uint64_t *freed, struct bn_error *err);
+
 /* On failure nothing of ours is left in the directory; then call bn_dump_aftermath. `cancel` may be NULL. */
 int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err);
 /* Stop writing and remove what was written. */

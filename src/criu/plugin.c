@@ -50,7 +50,7 @@ static int on_pause(int pid)
 
 static int on_checkpoint(int pid)
 {
-    return stage_now == BNP_STAGE_DUMP ? bnp_dump_process(pid) : -ENOTSUP;
+    return stage_now == BNP_STAGE_DUMP ? bnp_dump_checkpoint(pid) : -ENOTSUP;
 }
 
 static int on_resume(int pid)

@@ -56,7 +56,13 @@ void bnp_dump_reset(void);
 bool bnp_dump_active(void);
 int bnp_dump_pause(int pid);
 int bnp_dump_process(int pid);
+int bnp_dump_checkpoint(int pid);
 void bnp_dump_exit(int ret);
+
+/* --- thread.c: one thread of a task that CRIU holds stopped --- */
+int bnp_thread_run(pid_t tid);
+/* Stop it again, as it was. -ESRCH: it ended meanwhile. */
+int bnp_thread_stop(pid_t tid);
 
 /* --- requests, in daemon.c. 0 or negative errno with *err filled. --- */
 /* `fd` >= 0 rides along; out (may be NULL) receives the reply's u32. Thread safe as long as each socket has one user. */

@@ -320,6 +320,23 @@ static int on_dump_process(struct client *c, struct request *rq, struct bn_write
     return r < 0 ? r : 0;
 }
 
+static int on_dump_thread(struct client *c, struct request *rq, struct bn_writer *reply, struct bn_error *err)
+{
+    (void)err;
+    pid_t pid = (pid_t)bn_read_u32(&rq->body);
+    bn_write_u32(reply, c->dump ? (uint32_t)bn_dump_thread(c->dump, pid) : 0);
+    return 0;
+}
+
+static int on_dump_purge(struct client *c, struct request *rq, struct bn_writer *reply, struct bn_error *err)
+{
+    pid_t pid = (pid_t)bn_read_u32(&rq->body);
+    uint64_t freed = 0;
+    int r = c->dump ? bn_dump_purge(c->dump, pid, &freed, err) : 0;
+    bn_write_u32(reply, (uint32_t)(freed >> 20));
+    return r;
+}
+
 static int on_dump_end(struct client *c, struct request *rq, struct bn_writer *reply, struct bn_error *err)
 {
     int32_t result = (int32_t)bn_read_u32(&rq->body);
@@ -400,6 +417,8 @@ static const struct {
     {BN_CTL_WATCH, on_watch},
     {BN_CTL_DUMP_BEGIN, on_dump_begin},
     {BN_CTL_DUMP_PROCESS, on_dump_process},
+    {BN_CTL_DUMP_THREAD, on_dump_thread},
+    {BN_CTL_DUMP_PURGE, on_dump_purge},
     {BN_CTL_DUMP_END, on_dump_end},
     {BN_CTL_RESTORE_BEGIN, on_restore_begin},
     {BN_CTL_RESTORE_PROCESS, on_restore_process},

@@ -251,6 +251,24 @@ int bn_agent_evict(struct bn_agent *a, struct bn_error *err)
     return simple_call(a, BN_AGENT_EVICT, 0, ANSWER_MS, err);
 }
 
+int bn_agent_purge(struct bn_agent *a, uint64_t *freed, struct bn_error *err)
+{
+    struct message m;
+    int r = call(a, BN_AGENT_PURGE, 0, NULL, 0, NULL, ANSWER_MS, &m, err);
+    if (r == 0) {
+        *freed = m.head.arg;
+        bn_close_all(m.fds, m.nfds);
+    }
+    return r;
+}
+
+pid_t bn_agent_tid(struct bn_agent *a)
+{
+    struct bn_agent_page page;
+    int r = read_page(a->memfd, &page);
+    return r < 0 ? r : bn_proc_thread(a->pid, (pid_t)page.tid);
+}
+
 static int check_segments(struct bn_agent *a, const struct message *m, struct bn_error *err)
 {
     for (uint32_t i = 0; i < m->head.count; i++) {

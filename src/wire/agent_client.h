@@ -35,6 +35,10 @@ int bn_agent_close_gate(struct bn_agent *a, unsigned timeout_ms, struct bn_error
 int bn_agent_open_gate(struct bn_agent *a, struct bn_error *err);
 int bn_agent_evict(struct bn_agent *a, struct bn_error *err);
 
+/* Bytes given back. The caller has stopped every thread but bn_agent_tid(), the agent's, in our pid namespace (-ESRCH). */
+int bn_agent_purge(struct bn_agent *a, uint64_t *freed, struct bn_error *err);
+pid_t bn_agent_tid(struct bn_agent *a);
+
 /* Every segment, in the agent's order. *segs is malloced; caller frees. */
 int bn_agent_list(struct bn_agent *a, struct bn_agent_segment **segs, size_t *n, struct bn_error *err);
 /* A descriptor for each of the n segments of the list just taken, into fds[n]; the caller closes them. On error none. */

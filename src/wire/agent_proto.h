@@ -52,6 +52,7 @@ struct bn_agent_page {
     uint32_t magic, version;
     uint32_t
         pid; /* getpid() of the owner, in its own pid namespace: a forked child's inherited page is not its own */
+    uint32_t tid;      /* of the agent's thread, in the owner's pid namespace */
     int32_t far_fd;    /* number of the far end in the owner's descriptor table */
     uint32_t state;    /* enum bn_agent_state */
     uint32_t captures; /* stream captures under way: the gate cannot close meanwhile */
@@ -88,6 +89,9 @@ enum bn_agent_msg_type {
     BN_AGENT_IMPORT =
         7, /* count records (id, size) with one descriptor each: import, map at every old address with the
                             old access. EVICTED; after the last one the state is CLOSED. Idempotent per segment. */
+    BN_AGENT_PURGE =
+        8, /* Give the zero pages back that the driver's checkpoint has left; reply: arg = bytes. EVICTED, and
+                            every thread of the process but the agent's is stopped: nothing else may write meanwhile. */
 };
 
 struct bn_agent_msg {

@@ -48,6 +48,10 @@ enum bn_ctl_type {
         22, /* i32 CRIU's result, u32 flags. Result 0: waits for the copy, writes the manifest. Else undoes. Reply:
                                  phases. After a good reply the daemon lets the processes go on if CRIU leaves them running and
                                  forgets them when they die. A connection closed before the reply undoes everything. */
+    BN_CTL_DUMP_THREAD = 23, /* u32 pid -> reply: u32 thread of its agent in our pid namespace, 0: none */
+    BN_CTL_DUMP_PURGE =
+        24, /* u32 pid, of which every thread but that one is stopped: give back the zero pages of the driver's
+                                saved state -> reply: u32 MiB. Optional: an error harms nothing. */
     BN_CTL_RESTORE_BEGIN =
         30, /* u32 flags, fd image directory -> reply: u32 CUDA processes (0: no manifest, no session).
                                     Checks everything that can be checked, then starts loading. */
