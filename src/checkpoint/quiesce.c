@@ -2,12 +2,24 @@
 
 #include "base/cleanup.h"
 #include "base/parallel.h"
+#include "checkpoint/record.h"
+
+#include <signal.h>
+#include <string.h>
 
 /* A process that was just killed fails every step for a moment before it is gone. */
 #define GRACE_MS 500
 
 typedef int (*step_fn)(struct bn_quiesce *q, struct bn_error *err);
 typedef int (*target_fn)(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err);
+
+void bn_kill_point(const struct bn_env *env, const char *step, const char *when)
+{
+    size_t len = strlen(step);
+    if (env->kill_at && strncmp(env->kill_at, step, len) == 0 && env->kill_at[len] == ':' &&
+        strcmp(env->kill_at + len + 1, when) == 0)
+        raise(SIGKILL);
+}
 
 /* ---- one step on every target that lives, in parallel ---- */
 
@@ -22,7 +34,9 @@ static int each_one(void *ctx, size_t i, struct bn_error *err)
     struct bn_target *t = &e->q->targets.v[i];
     if (bn_target_gone(t))
         return 0;
-    return e->fn(e->q, t, err);
+    int r = e->fn(e->q, t, err);
+    bn_kill_point(e->q->env, e->q->step, "one");
+    return r;
 }
 
 static int each(struct bn_quiesce *q, target_fn fn, struct bn_error *err)
@@ -39,6 +53,7 @@ static int each_up_one(void *ctx, size_t i, struct bn_error *err)
         return 0;
     struct bn_error why = BN_ERROR_INIT;
     int r = e->fn(e->q, t, &why);
+    bn_kill_point(e->q->env, e->q->step, "one");
     if (r < 0 && bn_target_wait_gone(t, GRACE_MS))
         return 0;
     if (r < 0 && err)
@@ -76,6 +91,12 @@ static int down_hand_over(struct bn_quiesce *q, struct bn_error *err)
 static int down_copy(struct bn_quiesce *q, struct bn_error *err)
 {
     return q->copy_start ? q->copy_start(q, err) : 0;
+}
+
+/* From the next step on, the processes depend on us. */
+static int down_guard(struct bn_quiesce *q, struct bn_error *err)
+{
+    return bn_records_put(q, BN_RECORD_GPU, err);
 }
 
 static int evict(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
@@ -165,6 +186,13 @@ static int up_gate(struct bn_quiesce *q, struct bn_error *err)
     return each_up(q, open_gate, err);
 }
 
+static int up_forget(struct bn_quiesce *q, struct bn_error *err)
+{
+    (void)err;
+    bn_records_drop(q, false);
+    return 0;
+}
+
 /* ---- the table ---- */
 
 static const struct step {
@@ -172,21 +200,27 @@ static const struct step {
     step_fn down;
     const char *undo_name;
     step_fn up;
+    bool quiet; /* no phase of the report */
 } steps[] = {
-    {"find", down_find, NULL, NULL},
+    {"find", down_find, "forget", up_forget},
     {"gate", down_gate, "open-gate", up_gate},
     {"hand-over", down_hand_over, "release", up_release},
-    {NULL, down_copy, NULL, up_copy}, /* the copy times itself: it goes on beside the steps that follow */
+    {"copy", down_copy, "copy-end", up_copy,
+     true}, /* times itself: it goes on beside the steps that follow */
+    {"guard", down_guard, NULL, NULL, true},
     {"evict", down_evict, "give-back", up_give_back},
     {"driver-lock", down_lock, "driver-unlock", up_unlock},
     {"driver-checkpoint", down_checkpoint, "driver-restore", up_restore},
 };
 
-static int run(struct bn_quiesce *q, const char *name, step_fn fn, struct bn_error *err)
+static int run(struct bn_quiesce *q, const char *name, bool quiet, step_fn fn, struct bn_error *err)
 {
-    int phase = name ? bn_report_begin(q->report, name) : -1;
+    q->step = name;
+    bn_kill_point(q->env, name, "begin");
+    int phase = quiet ? -1 : bn_report_begin(q->report, name);
     int r = fn(q, err);
     bn_report_end(q->report, phase, 0);
+    bn_kill_point(q->env, name, "end");
     return r;
 }
 
@@ -194,7 +228,8 @@ static int up_from(struct bn_quiesce *q, size_t n, struct bn_error *err)
 {
     int first = 0;
     for (size_t s = n; s-- > 0;) {
-        int r = steps[s].up ? run(q, steps[s].undo_name, steps[s].up, err) : 0;
+        bool quiet = steps[s].quiet || s == 0;
+        int r = steps[s].up ? run(q, steps[s].undo_name, quiet, steps[s].up, err) : 0;
         if (r < 0 && first == 0)
             first = r;
     }
@@ -204,11 +239,11 @@ static int up_from(struct bn_quiesce *q, size_t n, struct bn_error *err)
 int bn_quiesce_down(struct bn_quiesce *q, struct bn_error *err)
 {
     for (size_t s = 0; s < BN_ARRAY_SIZE(steps); s++) {
-        int r = run(q, steps[s].name, steps[s].down, err);
+        int r = run(q, steps[s].name, steps[s].quiet, steps[s].down, err);
         if (r == 0 && (s > 0 || q->targets.n > 0))
             continue;
         if (r < 0 && err && !err->stage[0])
-            snprintf(err->stage, sizeof(err->stage), "%s", steps[s].name ? steps[s].name : "copy");
+            snprintf(err->stage, sizeof(err->stage), "%s", steps[s].name);
         struct bn_error undo = BN_ERROR_INIT;
         if (r < 0 && up_from(q, s + 1, &undo) < 0)
             bn_error_replace(err, r, err ? err->stage : "",

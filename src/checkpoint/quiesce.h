@@ -9,6 +9,8 @@
 #include "checkpoint/target.h"
 #include "gpu/gpu.h"
 
+struct bn_guard; /* record.h */
+
 /* What sessions work with. Owned by the daemon, shared by all. */
 struct bn_env {
     struct bn_gpu *gpu;
@@ -16,6 +18,8 @@ struct bn_env {
     struct bn_copier *copier;
     unsigned gate_timeout_ms; /* for all gates to close together */
     unsigned lock_timeout_ms; /* for the driver's lock of one process */
+    struct bn_guard *guard;   /* keeps what must outlive the daemon; NULL: nobody does */
+    const char *kill_at; /* tests: "STEP:begin", "STEP:one" or "STEP:end" at which to be killed, or NULL */
 };
 
 struct bn_quiesce {
@@ -24,6 +28,8 @@ struct bn_quiesce {
     pid_t root;
     unsigned flags; /* BN_FIND_… */
     struct bn_targets targets;
+    uint64_t session; /* names it in records; 0: none yet */
+    const char *step; /* under way */
 
     /* Going down: start copying out of the targets' sets; the copy goes on beside the steps that follow. Going up: end all copying,
      * in either direction. When that fails the memory is not what it should be: gates stay closed. Either may be NULL. */
@@ -35,6 +41,9 @@ struct bn_quiesce {
     const struct bn_ckpt_pair *pairs;
     size_t npairs;
 };
+
+/* A place at which tests may have the daemon killed: `when` is begin, one (a first process is through) or end. */
+void bn_kill_point(const struct bn_env *env, const char *step, const char *when);
 
 /* All the way down. When a step fails everything is undone, the processes go on, and the error is returned. 0 targets is no error:
  * look at q->targets.n. */

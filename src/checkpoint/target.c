@@ -26,11 +26,23 @@ static bool maps_driver(pid_t pid)
     return false;
 }
 
-static void target_free(struct bn_target *t)
+void bn_target_drop_host(struct bn_target *t)
+{
+    for (size_t i = 0; i < t->nparts; i++) {
+        struct bn_target_part *part = &t->parts[i];
+        bn_mem_free(part->mem);
+        if (part->old)
+            bn_close(part->old->fd);
+        free(part->old);
+        part->mem = NULL;
+        part->old = NULL;
+    }
+}
+
+void bn_target_clear(struct bn_target *t)
 {
     bn_target_release(t);
-    for (size_t i = 0; i < t->nparts; i++)
-        bn_mem_free(t->parts[i].mem);
+    bn_target_drop_host(t);
     bn_agent_free(t->agent);
     bn_close(t->pidfd);
     free(t->segs);
@@ -40,7 +52,7 @@ static void target_free(struct bn_target *t)
 void bn_targets_free(struct bn_targets *t)
 {
     for (size_t i = 0; i < t->n; i++)
-        target_free(&t->v[i]);
+        bn_target_clear(&t->v[i]);
     free(t->v);
     *t = (struct bn_targets){0};
 }

@@ -16,14 +16,24 @@
 #include <stddef.h>
 #include <sys/types.h>
 
+/* Bytes in the host memory of a daemon that was killed: the keeper kept its file. */
+struct bn_old_host {
+    int fd;
+    size_t n;
+    struct {
+        uint64_t at, bytes; /* in the file */
+    } spans[];
+};
+
 /* A target's segments on one GPU: segs[first .. first + n), in the order of the blocks of `set`. */
 struct bn_target_part {
     unsigned dev; /* our number of the GPU */
     size_t first, n;
     uint64_t bytes;
-    uint64_t image_chunk;   /* index of its first chunk in the image's chunk table */
-    struct bn_gpu_set *set; /* the memory on the GPU, while we hold it */
-    struct bn_mem *mem;     /* the bytes in the host tier, while they are there */
+    uint64_t image_chunk;    /* index of its first chunk in the image's chunk table */
+    struct bn_gpu_set *set;  /* the memory on the GPU, while we hold it */
+    struct bn_mem *mem;      /* the bytes in the host tier, while they are there */
+    struct bn_old_host *old; /* or there */
 };
 
 struct bn_target {
@@ -41,6 +51,7 @@ struct bn_target {
 
     bool gated, evicted, locked, checkpointed; /* what has been done to it */
     bool lost;                                 /* the driver could not restore it */
+    uint64_t record;                           /* key of the keeper's record, or 0 */
 };
 
 struct bn_targets {
@@ -54,6 +65,7 @@ struct bn_targets {
 int bn_targets_find(struct bn_gpu *gpu, pid_t root, unsigned flags, struct bn_targets *out,
                     struct bn_error *err);
 void bn_targets_free(struct bn_targets *t);
+void bn_target_clear(struct bn_target *t); /* one of them; its record stays */
 
 /* -ENOTSUP with the reason when something in them could not be checkpointed or restored. */
 int bn_targets_check(const struct bn_targets *t, unsigned flags, struct bn_error *err);
@@ -87,4 +99,5 @@ int bn_target_create_sets(struct bn_target *t, struct bn_gpu *gpu,
                           struct bn_error *err);                    /* anew, empty, where missing */
 int bn_target_give_back(struct bn_target *t, struct bn_error *err); /* needs the sets */
 void bn_target_release(struct bn_target *t);                        /* free the sets */
+void bn_target_drop_host(struct bn_target *t);                      /* free the bytes in the host tier */
 int bn_target_open_gate(struct bn_target *t, struct bn_error *err);

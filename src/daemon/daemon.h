@@ -6,6 +6,7 @@
 
 #include "checkpoint/quiesce.h"
 #include "checkpoint/suspend.h"
+#include "daemon/keeper.h"
 
 #include <pthread.h>
 #include <stdbool.h>
@@ -15,7 +16,10 @@
 struct suspended_entry {
     struct bn_suspended *s; /* NULL while a request works on it */
     pid_t root;
-    bool watched; /* the event loop has its pidfds */
+    bool watched;    /* the event loop has its pidfds */
+    bool recovering; /* the request is our own: an earlier worker was killed */
+    pid_t *pids;     /* of these, while it does */
+    size_t npids;
     struct suspended_entry *next;
 };
 
@@ -49,6 +53,7 @@ struct daemon {
     struct published *published;
     struct awaited *awaited;
     int wake_fd;      /* eventfd: `suspended` changed */
+    bool ending;      /* somebody asked for the end */
     unsigned clients; /* threads that serve connections */
     pthread_cond_t clients_changed;
 };
@@ -80,6 +85,16 @@ void bn_return_suspended(struct daemon *d, struct suspended_entry *e, struct bn_
 void bn_reap_suspended(struct daemon *d);
 /* Bring everything back, as far as possible: before the daemon ends. Returns how many stay suspended. */
 unsigned bn_resume_all(struct daemon *d);
+
+/* An entry for a tree that is being brought back; to be given to bn_return_suspended. NULL: out of memory. */
+struct suspended_entry *bn_enter_recovering(struct daemon *d, const struct bn_suspended *s);
+bool bn_is_recovering(struct daemon *d, pid_t pid);
+
+/* ---- recovery (recover.c) ---- */
+
+/* Put right what the records of killed workers tell of, each session in a thread of its own (counted in d->clients). The records are
+ * used up. Before any request is served. */
+void bn_daemon_recover(struct daemon *d, struct bn_record *records, size_t n);
 
 /* ---- ps (ps.c) ---- */
 

@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/file.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -25,6 +26,8 @@ struct options {
     const char *driver;
     uint64_t host_limit;
     int private_fd;
+    bool worker;
+    int keeper_fd, listen_fd; /* a worker's */
 };
 
 static const char usage_text[] =
@@ -108,6 +111,41 @@ static int on_process_end(sd_event_source *source, int fd, uint32_t revents, voi
     return 0;
 }
 
+/* ---- the end ---- */
+
+/* Suspended processes have their memory here and nowhere else: it must be back with them before we may go. Returns how many it is
+ * not. */
+static unsigned try_to_end(struct daemon *d, sd_event_source *source)
+{
+    unsigned left = bn_resume_all(d);
+    if (left == 0)
+        sd_event_exit(sd_event_source_get_event(source), 0);
+    return left;
+}
+
+static int on_signal(sd_event_source *source, const struct signalfd_siginfo *si, void *arg)
+{
+    (void)si;
+    struct daemon *d = arg;
+    d->ending = true;
+    unsigned left = try_to_end(d, source);
+    if (left > 0)
+        fprintf(stderr,
+                "bennud: staying: %u suspended processes could not be resumed and would lose their GPU "
+                "memory; see 'bennu ps'\n",
+                left);
+    return 0;
+}
+
+static int on_keeper(sd_event_source *source, int fd, uint32_t revents, void *arg)
+{
+    (void)fd, (void)revents;
+    struct daemon *d = arg;
+    bn_guard_lost(d->env.guard);
+    sd_event_source_disable_unref(source);
+    return 0;
+}
+
 /* New entries: watch their processes. The pidfds are duplicated: the entry may be freed before the event is handled. */
 static int on_wake(sd_event_source *source, int fd, uint32_t revents, void *arg)
 {
@@ -133,25 +171,14 @@ static int on_wake(sd_event_source *source, int fd, uint32_t revents, void *arg)
         }
         e->watched = true;
     }
+    bool idle = true, ending = d->ending;
+    for (struct suspended_entry *e = d->suspended; e; e = e->next)
+        idle = idle && e->s;
+    d->ending = ending && !idle;
     pthread_mutex_unlock(&d->lock);
+    if (ending && idle) /* now it may go that could not while something was under way */
+        try_to_end(d, source);
     return 0;
-}
-
-/* ---- the end ---- */
-
-/* Suspended processes have their memory here and nowhere else: it must be back with them before we may go. */
-static int on_signal(sd_event_source *source, const struct signalfd_siginfo *si, void *arg)
-{
-    (void)si;
-    unsigned left = bn_resume_all(arg);
-    if (left > 0) {
-        fprintf(stderr,
-                "bennud: staying: %u suspended processes could not be resumed and would lose their GPU "
-                "memory; see 'bennu ps'\n",
-                left);
-        return 0;
-    }
-    return sd_event_exit(sd_event_source_get_event(source), 0);
 }
 
 static void wait_for_clients(struct daemon *d)
@@ -169,7 +196,7 @@ static void wait_for_clients(struct daemon *d)
 
 /* ---- sockets ---- */
 
-static int listen_at(const char *rundir, struct bn_error *err)
+static int listen_at(const char *rundir, int *lock_fd, struct bn_error *err)
 {
     struct sockaddr_un sa = {.sun_family = AF_UNIX};
     if (snprintf(sa.sun_path, sizeof(sa.sun_path), "%s/%s", rundir, BN_CTL_SOCKET) >=
@@ -198,10 +225,11 @@ static int listen_at(const char *rundir, struct bn_error *err)
     umask(mask);
     if (r < 0)
         return bn_error_set(err, r, "socket", "cannot listen at %s: %s", sa.sun_path, strerror(-r));
+    *lock_fd = lock;
     return BN_TAKE_FD(fd);
 }
 
-static int get_socket(const char *rundir, struct bn_error *err)
+static int get_socket(const char *rundir, int *lock_fd, struct bn_error *err)
 {
     int n = sd_listen_fds(1);
     if (n == 1 && sd_is_socket_unix(SD_LISTEN_FDS_START, SOCK_SEQPACKET, 1, NULL, 0) > 0)
@@ -209,7 +237,7 @@ static int get_socket(const char *rundir, struct bn_error *err)
     if (n != 0)
         return bn_error_set(err, EINVAL, "socket",
                             "systemd passed %d sockets: one SOCK_SEQPACKET socket is wanted", n);
-    return listen_at(rundir, err);
+    return listen_at(rundir, lock_fd, err);
 }
 
 /* ---- main ---- */
@@ -236,11 +264,12 @@ static bool parse_bytes(const char *s, uint64_t *out)
 
 static int parse_options(int argc, char **argv, struct options *o)
 {
-    enum { RUNDIR = 256, DRIVER, HOST_LIMIT, PRIVATE, HELP, VERSION };
+    enum { RUNDIR = 256, DRIVER, HOST_LIMIT, PRIVATE, WORKER, HELP, VERSION };
     static const struct option longs[] = {{"rundir", required_argument, NULL, RUNDIR},
                                           {"driver", required_argument, NULL, DRIVER},
                                           {"host-limit", required_argument, NULL, HOST_LIMIT},
                                           {"private", required_argument, NULL, PRIVATE},
+                                          {"worker", required_argument, NULL, WORKER},
                                           {"help", no_argument, NULL, HELP},
                                           {"version", no_argument, NULL, VERSION},
                                           {0}};
@@ -253,6 +282,9 @@ static int parse_options(int argc, char **argv, struct options *o)
         case RUNDIR: o->rundir = optarg; break;
         case DRIVER: o->driver = optarg; break;
         case PRIVATE: o->private_fd = atoi(optarg); break;
+        case WORKER: /* by the keeper, after all other options */
+            o->worker = sscanf(optarg, "%d,%d,%d", &o->keeper_fd, &o->listen_fd, &o->private_fd) == 3;
+            break;
         case HOST_LIMIT:
             if (parse_bytes(optarg, &o->host_limit))
                 break;
@@ -282,40 +314,65 @@ static int loop(struct daemon *d, int listen_fd, struct bn_error *err)
         r = sd_event_add_signal(event, NULL, SIGTERM, on_signal, d);
     if (r >= 0)
         r = sd_event_add_signal(event, NULL, SIGINT, on_signal, d);
+    if (r >= 0)
+        r = sd_event_add_io(event, NULL, bn_guard_fd(d->env.guard), 0, on_keeper, d); /* its end alone */
     if (r >= 0) {
         fprintf(stderr, "bennud %s: %s, %u GPUs%s\n", BENNU_VERSION, bn_gpu_driver_path(d->env.gpu),
                 bn_gpu_count(d->env.gpu), bn_gpu_simulated(d->env.gpu) ? " (simulated)" : "");
-        sd_notify(0, "READY=1");
+        bn_guard_up(d->env.guard);
         r = sd_event_loop(event);
     }
     sd_event_unref(event);
     return r < 0 ? bn_error_set(err, r, "loop", "the event loop failed: %s", strerror(-r)) : 0;
 }
 
-static int serve_private(struct daemon *d, int fd)
+/* The driver, what earlier workers left, and the way to keep what this one has. */
+static int prepare(struct daemon *d, const struct options *o, struct bn_error *err)
+{
+    struct bn_guard *guard;
+    struct bn_record *records = NULL;
+    size_t n = 0;
+    int r = bn_guard_open(o->keeper_fd, &guard, &records, &n, err);
+    if (r < 0)
+        return r;
+    r = bn_daemon_open_gpu(d, err);
+    d->env.guard = guard;
+    if (r == 0 && bn_gpu_simulated(d->env.gpu))
+        d->env.kill_at = secure_getenv("BENNUD_TEST_KILL");
+    for (unsigned g = 0; r == 0 && o->private_fd < 0 && g < bn_gpu_count(d->env.gpu); g++)
+        r = bn_gpu_warm(d->env.gpu, g, err);
+    if (r == 0 && n > 0)
+        bn_daemon_recover(d, records, n);
+    free(records);
+    return r;
+}
+
+/* For one connection; or, when its first worker was killed, to put that right. */
+static int serve_private(struct daemon *d, const struct options *o)
 {
     struct bn_error err = BN_ERROR_INIT;
-    bn_daemon_open_gpu(d, &err); /* a failure is told to the one who asks */
-    bn_daemon_serve(d, fd);
+    int r = prepare(d, o, &err);
+    if (o->private_fd >= 0) {
+        bn_daemon_serve(d, o->private_fd); /* a failure is told to the one who asks */
+    } else if (r < 0) {
+        fprintf(stderr, "bennud: %s\n", err.text);
+        return 1;
+    }
+    pthread_mutex_lock(&d->lock);
+    while (d->clients > 0)
+        pthread_cond_wait(&d->clients_changed, &d->lock);
+    pthread_mutex_unlock(&d->lock);
+    bn_resume_all(d);
     bn_daemon_close_gpu(d);
     return 0;
 }
 
 static int serve_all(struct daemon *d, const struct options *o)
 {
-    sigset_t set;
-    sigemptyset(&set);
-    sigaddset(&set, SIGTERM);
-    sigaddset(&set, SIGINT);
-    sigprocmask(SIG_BLOCK, &set, NULL); /* before any thread, the driver's too: they inherit it */
-
     struct bn_error err = BN_ERROR_INIT;
-    int fd = get_socket(o->rundir, &err);
-    int r = fd < 0 ? fd : bn_daemon_open_gpu(d, &err);
-    for (unsigned g = 0; r == 0 && g < bn_gpu_count(d->env.gpu); g++)
-        r = bn_gpu_warm(d->env.gpu, g, &err);
+    int r = prepare(d, o, &err);
     if (r == 0)
-        r = loop(d, fd, &err);
+        r = loop(d, o->listen_fd, &err);
     if (r < 0)
         fprintf(stderr, "bennud: %s\n", err.text);
     wait_for_clients(d);
@@ -324,16 +381,10 @@ static int serve_all(struct daemon *d, const struct options *o)
     return r < 0;
 }
 
-int main(int argc, char **argv)
+static int be_worker(const struct options *o)
 {
-    struct options o;
-    int code = parse_options(argc, argv, &o);
-    if (code >= 0)
-        return code;
-    signal(SIGPIPE, SIG_IGN);
-
-    struct daemon d = {.driver = o.driver && *o.driver ? o.driver : NULL,
-                       .host_limit = o.host_limit,
+    struct daemon d = {.driver = o->driver && *o->driver ? o->driver : NULL,
+                       .host_limit = o->host_limit,
                        .lock = PTHREAD_MUTEX_INITIALIZER,
                        .wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
     pthread_condattr_t attr;
@@ -345,5 +396,31 @@ int main(int argc, char **argv)
         fprintf(stderr, "bennud: cannot make an eventfd: %m\n");
         return 1;
     }
-    return o.private_fd >= 0 ? serve_private(&d, o.private_fd) : serve_all(&d, &o);
+    prctl(PR_SET_NAME, "bennud-worker");
+    fcntl(o->keeper_fd, F_SETFD, FD_CLOEXEC);
+    return o->listen_fd < 0 ? serve_private(&d, o) : serve_all(&d, o);
+}
+
+static int be_keeper(const struct options *o, char **argv)
+{
+    struct keeper_options k = {.argv = argv, .listen_fd = -1, .lock_fd = -1, .private_fd = o->private_fd};
+    struct bn_error err = BN_ERROR_INIT;
+    if (o->private_fd < 0) {
+        k.listen_fd = get_socket(o->rundir, &k.lock_fd, &err);
+        if (k.listen_fd < 0) {
+            fprintf(stderr, "bennud: %s\n", err.text);
+            return 1;
+        }
+    }
+    return bn_keeper_run(&k);
+}
+
+int main(int argc, char **argv)
+{
+    struct options o;
+    int code = parse_options(argc, argv, &o);
+    if (code >= 0)
+        return code;
+    signal(SIGPIPE, SIG_IGN);
+    return o.worker ? be_worker(&o) : be_keeper(&o, argv);
 }

@@ -69,6 +69,10 @@ static bool look(struct daemon *d, pid_t pid, struct bn_ps_entry *e)
         e->host_bytes = (uint64_t)held;
         e->gpu_bytes = 0;
     }
+    if (bn_is_recovering(d, pid)) {
+        e->state = BN_PS_RESTORING;
+        snprintf(e->note, sizeof(e->note), "being brought back: bennud was killed");
+    }
     return bn_proc_comm(pid, e->comm) == 0;
 }
 

@@ -100,6 +100,20 @@ void bn_await_end(struct daemon *d, struct awaited *a)
 
 /* ---- suspended trees ---- */
 
+static void entry_free(struct suspended_entry *e)
+{
+    free(e->pids);
+    free(e);
+}
+
+static bool works_on(const struct suspended_entry *e, pid_t pid)
+{
+    for (size_t i = 0; e->recovering && i < e->npids; i++)
+        if (e->pids[i] == pid)
+            return true;
+    return false;
+}
+
 int bn_keep_suspended(struct daemon *d, struct bn_suspended *s)
 {
     struct suspended_entry *e = calloc(1, sizeof(*e));
@@ -120,7 +134,8 @@ int bn_take_suspended(struct daemon *d, pid_t pid, struct suspended_entry **out,
     int r = -ENOENT;
     pthread_mutex_lock(&d->lock);
     for (struct suspended_entry *e = d->suspended; e; e = e->next) {
-        if (e->root != pid && !(e->s && bn_targets_index(bn_suspended_targets(e->s), pid) >= 0))
+        if (e->root != pid && !works_on(e, pid) &&
+            !(e->s && bn_targets_index(bn_suspended_targets(e->s), pid) >= 0))
             continue;
         r = e->s ? 0 : -EBUSY;
         *out = e;
@@ -132,19 +147,52 @@ int bn_take_suspended(struct daemon *d, pid_t pid, struct suspended_entry **out,
     return r;
 }
 
+struct suspended_entry *bn_enter_recovering(struct daemon *d, const struct bn_suspended *s)
+{
+    const struct bn_targets *t = bn_suspended_targets(s);
+    struct suspended_entry *e = calloc(1, sizeof(*e));
+    pid_t *pids = calloc(t->n, sizeof(*pids));
+    if (!e || !pids) {
+        free(e);
+        free(pids);
+        return NULL;
+    }
+    for (size_t i = 0; i < t->n; i++)
+        pids[i] = t->v[i].pid;
+    *e = (struct suspended_entry){
+        .root = bn_suspended_root(s), .recovering = true, .pids = pids, .npids = t->n};
+    pthread_mutex_lock(&d->lock);
+    e->next = d->suspended;
+    d->suspended = e;
+    pthread_mutex_unlock(&d->lock);
+    return e;
+}
+
+bool bn_is_recovering(struct daemon *d, pid_t pid)
+{
+    bool found = false;
+    pthread_mutex_lock(&d->lock);
+    for (struct suspended_entry *e = d->suspended; e && !found; e = e->next)
+        found = works_on(e, pid);
+    pthread_mutex_unlock(&d->lock);
+    return found;
+}
+
 void bn_return_suspended(struct daemon *d, struct suspended_entry *e, struct bn_suspended *s)
 {
     pthread_mutex_lock(&d->lock);
     e->s = s;
+    e->recovering = false;
     if (!s) {
         for (struct suspended_entry **at = &d->suspended; *at; at = &(*at)->next)
             if (*at == e) {
                 *at = e->next;
                 break;
             }
-        free(e);
+        entry_free(e);
     }
     pthread_mutex_unlock(&d->lock);
+    eventfd_write(d->wake_fd, 1);
 }
 
 void bn_reap_suspended(struct daemon *d)
@@ -162,32 +210,43 @@ void bn_reap_suspended(struct daemon *d)
         if (!dead)
             return;
         bn_suspended_free(dead->s);
-        free(dead);
+        entry_free(dead);
     }
+}
+
+/* True unless it stays suspended. */
+static bool resume_one(struct daemon *d, pid_t root)
+{
+    struct suspended_entry *e;
+    struct bn_suspended *s;
+    struct bn_error err = BN_ERROR_INIT;
+    int r = bn_take_suspended(d, root, &e, &s);
+    if (r < 0)
+        return r == -ENOENT;
+    struct bn_report *report = bn_report_new();
+    r = report ? bn_resume(&s, report, &err) : -ENOMEM;
+    if (r < 0)
+        fprintf(stderr, "bennud: cannot resume %d before ending: %s\n", root, err.text);
+    bn_return_suspended(d, e, s);
+    bn_report_unref(report);
+    return s == NULL;
 }
 
 unsigned bn_resume_all(struct daemon *d)
 {
-    unsigned left = 0;
+    unsigned left = 0, n = 0;
     bn_reap_suspended(d);
     pthread_mutex_lock(&d->lock);
-    struct suspended_entry *e = d->suspended;
+    for (struct suspended_entry *e = d->suspended; e; e = e->next)
+        n++;
+    pid_t *roots = calloc(n ? n : 1, sizeof(*roots));
+    n = 0;
+    for (struct suspended_entry *e = d->suspended; e && roots; e = e->next)
+        roots[n++] = e->root;
+    left = roots ? 0 : 1;
     pthread_mutex_unlock(&d->lock);
-    while (e) {
-        struct suspended_entry *next = e->next, *taken;
-        struct bn_suspended *s;
-        struct bn_error err = BN_ERROR_INIT;
-        struct bn_report *report = bn_report_new();
-        if (report && bn_take_suspended(d, e->root, &taken, &s) == 0) {
-            if (bn_resume(&s, report, &err) < 0)
-                fprintf(stderr, "bennud: cannot resume %d before ending: %s\n", taken->root, err.text);
-            left += s != NULL;
-            bn_return_suspended(d, taken, s);
-        } else {
-            left++;
-        }
-        bn_report_unref(report);
-        e = next;
-    }
+    for (unsigned i = 0; i < n; i++)
+        left += !resume_one(d, roots[i]);
+    free(roots);
     return left;
 }

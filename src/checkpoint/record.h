@@ -1,0 +1,62 @@
+/* What must outlive the daemon. Before a process loses something that only the daemon can give back, a record of it goes to the
+ * keeper, with the descriptors that hold it alive: its GPU memory, or the host memory that its bytes lie in. When the daemon is
+ * killed, the next one gets the records and puts the processes back (recover.h).
+ *
+ * Stages of a target's record, each replacing the one before:
+ *   1. before it is evicted: its segments and the GPU memory itself
+ *   2. suspended, copy complete: its segments and where their bytes lie in host memory
+ *   3. before a resume gives memory back: both; the GPU memory is the new one
+ * and it is dropped when the gate is open again, or the process gone.
+ */
+#pragma once
+
+#include "base/cursor.h"
+#include "checkpoint/quiesce.h"
+
+/* Where records go. Functions from any thread. */
+struct bn_guard {
+    /* Keep this record, in place of an earlier one of the same key. The descriptors stay the caller's. */
+    int (*put)(struct bn_guard *g, uint64_t key, uint32_t kind, const struct bn_writer *body, const int *fds,
+               size_t nfds, struct bn_error *err);
+    void (*drop)(struct bn_guard *g, uint64_t key);
+    uint64_t (*new_key)(struct bn_guard *g);
+};
+
+enum bn_record_kind { BN_RECORD_TARGET = 1, BN_RECORD_IMAGE = 2 };
+
+/* One record as it comes back. */
+struct bn_record {
+    uint64_t key;
+    uint32_t kind;
+    void *bytes;
+    size_t nbytes;
+    int *fds; /* -1: taken */
+    size_t nfds;
+};
+/* Frees content, not r itself. */
+void bn_record_clear(struct bn_record *r);
+
+#define BN_RECORD_SUSPENDED 1u /* the process is to stay as it is until somebody resumes it */
+#define BN_RECORD_HOST 2u      /* its bytes are in host memory, whole: record where */
+#define BN_RECORD_GPU 4u       /* record the sets */
+
+/* Record every living target of q as `flags` say. Does nothing without a guard. */
+int bn_records_put(struct bn_quiesce *q, unsigned flags, struct bn_error *err);
+/* Drop the records of targets that have everything back or are gone; with `all`, of every one. */
+void bn_records_drop(struct bn_quiesce *q, bool all);
+
+/* The image directory of a dump under way. 0 without a guard; else its key in *key. */
+int bn_record_image(struct bn_quiesce *q, int dirfd, uint64_t *key, struct bn_error *err);
+
+/* Parts of a target's record that say what it belongs to. */
+struct bn_record_head {
+    uint64_t session; /* of the suspend or dump: its targets come back together */
+    pid_t root;
+    unsigned flags;
+};
+int bn_record_head(const struct bn_record *r, struct bn_record_head *head);
+
+/* The target as it was, without its agent and its sets, which `fds` (malloced, one a segment, or NULL) are for: the caller
+ * takes them out of the record. -ESRCH: the process is gone; -EBADMSG: the record makes no sense; -ENODEV: a GPU is missing. */
+int bn_record_target(struct bn_record *r, struct bn_gpu *gpu, struct bn_target *t, int **fds,
+                     struct bn_error *err);

@@ -1,0 +1,218 @@
+#include "checkpoint/recover.h"
+
+#include "base/cleanup.h"
+#include "checkpoint/suspend_internal.h"
+#include "store/image_dir.h"
+
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LOOK_MS 1000u
+#define ATTACH_MS 10000
+#define ATTACH_PAUSE_MS 20
+#define TRIES 10 /* LOOK_MS apart: the driver may still be at a step that the killed daemon asked for */
+
+/* ---- from records to targets ---- */
+
+/* The memory that the record holds alive becomes the target's sets. Takes fds[] over, also when it fails. */
+static int import_sets(struct bn_target *t, struct bn_gpu *gpu, int *fds, struct bn_error *err)
+{
+    int r = 0;
+    bn_auto_free struct bn_gpu_block *blocks = calloc(t->nsegs ? t->nsegs : 1, sizeof(*blocks));
+    if (!blocks)
+        r = bn_error_set(err, ENOMEM, "recover", "out of memory");
+    for (size_t p = 0; p < t->nparts && r == 0; p++) {
+        struct bn_target_part *part = &t->parts[p];
+        for (size_t i = 0; i < part->n; i++) {
+            const struct bn_agent_segment *seg = &t->segs[part->first + i];
+            blocks[i] =
+                (struct bn_gpu_block){.size = seg->size, .flags = seg->flags, .fd = fds[part->first + i]};
+        }
+        r = bn_gpu_set_import(gpu, part->dev, blocks, part->n, &part->set, err);
+        for (size_t i = 0; i < part->n && r == 0; i++)
+            fds[part->first + i] = -1;
+    }
+    for (size_t i = 0; i < t->nsegs; i++)
+        bn_close(fds[i]);
+    return r;
+}
+
+/* 1: taken up; 0: the process is gone. */
+static int open_one(struct bn_env *env, struct bn_record *record, struct bn_target *t, bool *on_gpu,
+                    struct bn_error *err)
+{
+    bn_auto_free int *fds = NULL;
+    struct bn_error why = BN_ERROR_INIT;
+    int r = bn_record_target(record, env->gpu, t, &fds, &why);
+    if (r == -ESRCH) {
+        env->guard->drop(env->guard, record->key);
+        return 0;
+    }
+    if (r < 0) {
+        if (err)
+            *err = why;
+        return r;
+    }
+    *on_gpu = fds != NULL;
+    r = fds ? import_sets(t, env->gpu, fds, err) : 0;
+    if (r < 0)
+        bn_target_clear(t);
+    return r < 0 ? r : 1;
+}
+
+int bn_recover_open(struct bn_env *env, struct bn_record *const *records, size_t n, struct bn_suspended **out,
+                    bool *suspended, struct bn_error *err)
+{
+    struct bn_suspended *s = calloc(1, sizeof(*s));
+    struct bn_target *v = calloc(n, sizeof(*v));
+    if (!s || !v) {
+        free(s);
+        free(v);
+        return bn_error_set(err, ENOMEM, "recover", "out of memory");
+    }
+    struct bn_record_head head = {0};
+    bool all = true;
+    s->look = true;
+    s->q = (struct bn_quiesce){.env = env, .targets = {.v = v}};
+    for (size_t i = 0; i < n; i++) {
+        bool on_gpu = false;
+        int r = bn_record_head(records[i], &head);
+        if (r == 0)
+            r = open_one(env, records[i], &v[s->q.targets.n], &on_gpu, err);
+        if (r < 0) {
+            bn_targets_free(&s->q.targets); /* and not their records */
+            free(s);
+            return bn_error_set(err, r, "recover", "a record of an earlier bennud makes no sense");
+        }
+        if (r == 0)
+            continue;
+        s->q.root = head.root;
+        s->q.session = head.session;
+        s->giving = s->giving || on_gpu;
+        all = all && (head.flags & BN_RECORD_SUSPENDED);
+        if (head.flags & BN_RECORD_SUSPENDED)
+            v[s->q.targets.n].locked = v[s->q.targets.n].checkpointed = true;
+        s->q.targets.n++;
+    }
+    if (s->q.targets.n == 0) {
+        bn_suspended_free(s);
+        s = NULL;
+    }
+    *suspended = all;
+    *out = s;
+    return 0;
+}
+
+/* ---- bringing them back ---- */
+
+void bn_recover_wait(const struct bn_suspended *s)
+{
+    for (size_t i = 0; i < s->q.targets.n; i++)
+        while (bn_target_wait_runnable(&s->q.targets.v[i], LOOK_MS) == -ETIMEDOUT)
+            ;
+}
+
+/* Our predecessor's lock went with it; but an agent that finds itself alone takes it for a moment to open its gate. */
+static int attach(struct bn_target *t, struct bn_error *err)
+{
+    for (int left = ATTACH_MS;; left -= ATTACH_PAUSE_MS) {
+        struct bn_error why = BN_ERROR_INIT;
+        int r = bn_agent_attach(t->agent, &why);
+        if (r != -EBUSY || left <= 0) {
+            if (r < 0 && err)
+                *err = why;
+            return r;
+        }
+        if (bn_target_wait_gone(t, ATTACH_PAUSE_MS))
+            return bn_error_set(err, ESRCH, "recover", "process %d ended", t->pid);
+    }
+}
+
+/* What the agent says is so once it has answered: then nothing that the killed daemon asked for is left to be done. */
+static int look_at_agent(struct bn_target *t, struct bn_error *err)
+{
+    struct bn_agent_page page;
+    int r = t->agent ? 0 : bn_agent_find(t->pid, &t->agent);
+    if (r == 0)
+        r = bn_agent_page(t->agent, &page);
+    if (r == 0 && memcmp(page.instance, t->instance, sizeof(t->instance)) != 0)
+        r = -ENOENT;
+    if (r < 0)
+        return bn_error_set(err, r, "recover",
+                            "the agent in process %d is not there any more: its gate stays closed", t->pid);
+    r = attach(t, err);
+    if (r == 0)
+        r = bn_agent_page(t->agent, &page);
+    if (r < 0)
+        return r;
+    t->gated = page.state == BN_AGENT_CLOSED || page.state == BN_AGENT_EVICTED;
+    t->evicted = page.state == BN_AGENT_EVICTED;
+    if (!t->gated)
+        bn_agent_detach(t->agent);
+    bool has_sets = true;
+    for (size_t p = 0; p < t->nparts; p++)
+        has_sets = has_sets && t->parts[p].set;
+    if (t->gated && !t->evicted && !has_sets)
+        return bn_error_set(err, EUCLEAN, "recover",
+                            "process %d holds memory that no record knows: its gate stays closed", t->pid);
+    return 0;
+}
+
+static int look(struct bn_env *env, struct bn_target *t, struct bn_error *err)
+{
+    enum bn_ckpt_state state;
+    int r = t->gated ? look_at_agent(t, err) : 0;
+    if (r == 0)
+        r = bn_ckpt_state(env->gpu, t->pid, &state, err);
+    if (r < 0)
+        return bn_target_wait_gone(t, 0) ? 0 : r;
+    t->checkpointed = state == BN_CKPT_CHECKPOINTED;
+    t->locked = t->checkpointed || state == BN_CKPT_LOCKED;
+    t->lost = state == BN_CKPT_FAILED;
+    return 0;
+}
+
+int bn_recover_look(struct bn_suspended *s, struct bn_error *err)
+{
+    for (size_t i = 0; i < s->q.targets.n; i++) {
+        struct bn_target *t = &s->q.targets.v[i];
+        int r = bn_target_gone(t) ? 0 : look(s->q.env, t, err);
+        if (r < 0)
+            return r;
+    }
+    s->look = false;
+    return 0;
+}
+
+int bn_recover(struct bn_suspended **s, struct bn_report *report, struct bn_error *err)
+{
+    for (int tries = 1;; tries++) {
+        struct bn_error why = BN_ERROR_INIT;
+        (*s)->look = true;
+        int r = bn_resume(s, report, &why);
+        if (r == 0)
+            return 0;
+        if (tries == TRIES || bn_suspended_dead(*s)) {
+            if (err)
+                *err = why;
+            return r;
+        }
+        poll(NULL, 0, LOOK_MS);
+    }
+}
+
+/* ---- images ---- */
+
+bool bn_recover_image(const struct bn_record *record, bool processes_run)
+{
+    if (record->nfds != 1)
+        return true;
+    int dirfd = record->fds[0];
+    bool manifest = bn_image_present(dirfd) == 1;
+    if (manifest && !processes_run)
+        return false;
+    if (manifest ? bn_image_has_criu(dirfd) == 0 : !processes_run)
+        bn_image_remove(dirfd, NULL);
+    return true;
+}

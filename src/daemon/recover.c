@@ -1,0 +1,121 @@
+/* The beginning of a worker whose predecessor was killed. */
+#include "daemon/daemon.h"
+
+#include "base/cleanup.h"
+#include "checkpoint/recover.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+
+struct recovery {
+    struct daemon *d;
+    struct suspended_entry *entry;
+    struct bn_suspended *s;
+    struct bn_record image; /* complete to all appearances; without content: none */
+};
+
+static void settle_image(struct daemon *d, struct bn_record *image, bool processes_run)
+{
+    if (image->nfds == 0 || !bn_recover_image(image, processes_run))
+        return;
+    d->env.guard->drop(d->env.guard, image->key);
+    bn_record_clear(image);
+}
+
+static void *recover(void *arg)
+{
+    struct recovery *r = arg;
+    struct daemon *d = r->d;
+    struct bn_error err = BN_ERROR_INIT;
+    pid_t root = bn_suspended_root(r->s);
+    struct bn_report *report = bn_report_new();
+    bn_recover_wait(r->s);
+    settle_image(d, &r->image, true);
+    if (!report || bn_recover(&r->s, report, &err) < 0)
+        fprintf(stderr,
+                "bennud: cannot bring process %d and its children back: %s; 'bennu resume %d' tries again\n",
+                root, err.text, root);
+    else
+        fprintf(stderr, "bennud: process %d and its children go on\n", root);
+    bn_report_unref(report);
+    bn_return_suspended(d, r->entry, r->s);
+    free(r);
+    pthread_mutex_lock(&d->lock);
+    d->clients--;
+    pthread_cond_broadcast(&d->clients_changed);
+    pthread_mutex_unlock(&d->lock);
+    return NULL;
+}
+
+/* In a thread: it may take as long as CRIU holds the processes, or a frozen cgroup does. */
+static void start(struct daemon *d, struct bn_suspended *s, struct bn_record *image)
+{
+    struct recovery *r = malloc(sizeof(*r));
+    struct suspended_entry *e = r ? bn_enter_recovering(d, s) : NULL;
+    if (!e) {
+        free(r);
+        fprintf(stderr, "bennud: out of memory: process %d stays stopped until the next start\n",
+                bn_suspended_root(s));
+        return; /* with its records where they are */
+    }
+    *r = (struct recovery){d, e, s, *image};
+    *image = (struct bn_record){0};
+    pthread_mutex_lock(&d->lock);
+    d->clients++;
+    pthread_mutex_unlock(&d->lock);
+    pthread_t thread;
+    if (pthread_create(&thread, NULL, recover, r) == 0)
+        pthread_detach(thread);
+    else
+        recover(r);
+}
+
+/* Everything of one session. Its records are cleared. */
+static void recover_session(struct daemon *d, struct bn_record **targets, size_t n, struct bn_record *image)
+{
+    struct bn_suspended *s = NULL;
+    struct bn_error err = BN_ERROR_INIT;
+    bool suspended = false;
+    int r = n > 0 ? bn_recover_open(&d->env, targets, n, &s, &suspended, &err) : 0;
+    if (r < 0)
+        fprintf(stderr, "bennud: %s\n", err.text);
+    if (s && suspended && bn_keep_suspended(d, s) == 0)
+        fprintf(stderr, "bennud: process %d is still suspended\n", bn_suspended_root(s));
+    else if (s)
+        start(d, s, image);
+    settle_image(d, image, true);
+    bn_record_clear(image);
+    for (size_t i = 0; i < n; i++)
+        bn_record_clear(targets[i]);
+}
+
+void bn_daemon_recover(struct daemon *d, struct bn_record *records, size_t n)
+{
+    bn_auto_free struct bn_record **targets = calloc(n ? n : 1, sizeof(*targets));
+    if (!targets)
+        return; /* the keeper has them still */
+    for (size_t i = 0; i < n; i++)
+        if (records[i].kind == BN_RECORD_IMAGE)
+            settle_image(d, &records[i], false);
+    for (size_t i = 0; i < n; i++) {
+        struct bn_record_head first, other;
+        struct bn_record image = {0};
+        size_t found = 0;
+        if (bn_record_head(&records[i], &first) < 0)
+            continue; /* used up, or nonsense */
+        for (size_t k = i; k < n; k++) {
+            if (bn_record_head(&records[k], &other) < 0 || other.session != first.session)
+                continue;
+            if (records[k].kind == BN_RECORD_TARGET) {
+                targets[found++] = &records[k];
+            } else {
+                image = records[k];
+                records[k] = (struct bn_record){0};
+            }
+        }
+        recover_session(d, targets, found, &image);
+    }
+    for (size_t i = 0; i < n; i++)
+        bn_record_clear(&records[i]);
+}
