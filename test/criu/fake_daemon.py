@@ -58,7 +58,7 @@ class Daemon:
         entry = {"request": name, "values": values, "folders": [os.readlink(f"/proc/self/fd/{fd}") for fd in fds]}
         if (magic, version, reply, error) != (self.protocol.magic, self.protocol.version, 0, 0):
             entry["malformed"] = True
-        if name in ("DUMP_PROCESS", "DUMP_BEGIN", "RESTORE_PROCESS"):
+        if name in ("DUMP_PROCESS", "DUMP_BEGIN", "DUMP_PURGE", "RESTORE_PROCESS"):
             with open(f"/proc/{values[0]}/status", encoding="utf-8") as f:
                 status = dict(line.split(":\t", 1) for line in f.read().splitlines() if ":\t" in line)
             entry["state"], entry["traced"] = status["State"][0], status["TracerPid"] != "0"
@@ -74,7 +74,7 @@ class Daemon:
             return False
         code, stage, text = order.get("error", [0, "", ""])
         ends = name in ("DUMP_END", "RESTORE_END")
-        reply_body = b"" if code else struct.pack("<I", 0 if ends else order.get("value", 1))
+        reply_body = b"" if code else struct.pack("<I", order.get("value", 0 if ends or name == "DUMP_THREAD" else 1))
         try:
             sock.send(HEAD.pack(self.protocol.magic, self.protocol.version, kind, 1, code, stage.encode(),
                                 text.encode()) + reply_body)

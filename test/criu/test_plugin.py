@@ -206,8 +206,8 @@ class Dump(PluginTest):
         self.start_daemon()
         self.assertEqual(self.dump(), 0)
         self.assert_dead()
-        self.assert_requests("DUMP_BEGIN", "DUMP_PROCESS", "DUMP_PROCESS", "DUMP_END", "closed")
-        begin, pause, checkpoint, end, _ = self.daemon.records
+        self.assert_requests("DUMP_BEGIN", "DUMP_PROCESS", "DUMP_PROCESS", "DUMP_THREAD", "DUMP_END", "closed")
+        begin, pause, checkpoint, _, end, _ = self.daemon.records
         self.assertEqual((begin["values"], begin["folders"]), ([pid, 0], [self.images]))
         self.assertEqual((pause["values"], checkpoint["values"], end["values"]), ([pid], [pid], [0, 0]))
         self.assertFalse(begin["traced"], "the tree must run while the GPU is dealt with")
@@ -221,13 +221,40 @@ class Dump(PluginTest):
         asked = [r["values"][0] for r in self.daemon.records if r["request"] == "DUMP_PROCESS"]
         self.assertEqual(asked[0], pid)
         self.assertEqual(sorted(asked), sorted(2 * self.pids))
-        self.assertEqual(self.requests(), ["DUMP_BEGIN"] + 6 * ["DUMP_PROCESS"] + ["DUMP_END"] + ["closed"])
+        self.assertEqual(self.requests(), ["DUMP_BEGIN"] + 3 * ["DUMP_PROCESS"] + 3 * ["DUMP_PROCESS", "DUMP_THREAD"] + ["DUMP_END"] + ["closed"])
 
     def test_leave_running(self):
         self.start_tree(3)
         self.start_daemon()
         self.assertEqual(self.dump("--leave-running"), 0)
         self.assert_running()
+
+    def test_one_thread_runs_while_zero_pages_are_given_back(self):
+        """The daemon names a thread: it alone may run during the purge, and is dumped and restored like the others."""
+        pid = self.start_tree(3)
+        counts = []
+        self.start_daemon()
+        self.daemon.plan[f"DUMP_THREAD:{pid}"] = {"value": pid}
+
+        def ran(_):
+            before = [self.count(i)[0] for i in range(3)]
+            wait_until(lambda: self.count(0)[0] > before[0], "the thread runs during the purge")
+            counts.extend(self.count(i)[0] - before[i] for i in range(3))
+
+        self.daemon.plan["DUMP_PURGE"] = {"call": ran}
+        self.assertEqual(self.dump("--leave-running"), 0)
+        self.assertEqual(self.requests().count("DUMP_PURGE"), 1)
+        self.assertGreater(counts[0], 0)
+        self.assertEqual(counts[1:], [0, 0])
+        self.assert_running()
+
+    def test_a_failed_purge_fails_nothing(self):
+        pid = self.start_tree()
+        self.start_daemon(DUMP_PURGE={"error": [errno.ETIMEDOUT, "purge", "no answer"]})
+        self.daemon.plan[f"DUMP_THREAD:{pid}"] = {"value": pid}
+        self.assertEqual(self.dump(), 0)
+        self.assert_dead()
+        self.assertIn("no answer", self.log())
 
     def test_without_cuda_no_daemon_is_asked(self):
         self.start_tree(mark="none")
@@ -303,8 +330,8 @@ class Dump(PluginTest):
         self.start_daemon()
         # An image that CRIU cannot create, because a folder has its name.
         os.mkdir(os.path.join(self.images, "pstree.img"))
-        self.fails("DUMP_BEGIN", "DUMP_PROCESS", "DUMP_PROCESS", "DUMP_END", "closed")
-        self.assertNotEqual(self.daemon.records[3]["values"][0], 0)
+        self.fails("DUMP_BEGIN", "DUMP_PROCESS", "DUMP_PROCESS", "DUMP_THREAD", "DUMP_END", "closed")
+        self.assertNotEqual(self.daemon.records[4]["values"][0], 0)
 
     def test_end_fails(self):
         self.start_tree(3)
@@ -384,7 +411,7 @@ class PrivateDaemon(PluginTest):
         self.assert_dead()
         start, *rest = self.private_records()
         self.assertEqual([r["request"] for r in rest if r["request"] != "closed"],
-                         ["DUMP_BEGIN"] + 6 * ["DUMP_PROCESS"] + ["DUMP_END"])
+                         ["DUMP_BEGIN"] + 3 * ["DUMP_PROCESS"] + 3 * ["DUMP_PROCESS", "DUMP_THREAD"] + ["DUMP_END"])
         self.assertLessEqual(set(start["fds"]), {0, 1, 2, 3, 4}, "CRIU's descriptors were handed on")
         self.assertEqual(start["blocked"], [])
         self.assertNotEqual(start["sid"], os.getsid(0))
