@@ -215,6 +215,16 @@ static int write_pidfile(pid_t pid, struct bn_error *err)
                  : 0;
 }
 
+static sigset_t passed_signals(void)
+{
+    static const int passed[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGCONT, SIGWINCH};
+    sigset_t set;
+    sigemptyset(&set);
+    for (size_t i = 0; i < BN_ARRAY_SIZE(passed); i++)
+        sigaddset(&set, passed[i]);
+    return set;
+}
+
 /* Returns the restored root's pid, or negative with *err set. */
 static pid_t bring_back(struct restore *r, int *sock, struct bn_error *err)
 {
@@ -223,6 +233,11 @@ static pid_t bring_back(struct restore *r, int *sock, struct bn_error *err)
     if (make_work(r, err) < 0 || cli_criu_setup(&r->criu, r->dir, r->work, LOG_FILE, err) < 0 ||
         hand_over_stdio(r, err) < 0)
         return -EIO;
+    /* The program may run, and be seen to run, before CRIU and the daemon have told us: a signal for it from then on must reach it
+     * when we can pass it on. One that is blocked stays pending though it is ignored. */
+    sigset_t held = passed_signals();
+    if (!detach)
+        sigprocmask(SIG_BLOCK, &held, NULL);
     cli_ignore_signals(true);
     struct cli_progress *progress = cli_progress_new("restore");
     if (*sock >= 0 && cli_watch_start(BN_TAKE_FD(*sock), 0, r->dir, progress, &watch, err) < 0) {
@@ -269,15 +284,11 @@ static void take_terminal_back(void)
     signal(SIGTTOU, before);
 }
 
-/* Before anybody can know that the program runs: a signal for it must find us ready to pass it on. */
+/* Opens the wait for the program: the signals that came meanwhile are pending now. */
 static sigset_t hold_signals(void)
 {
-    static const int passed[] = {SIGINT,  SIGTERM, SIGHUP,   SIGQUIT, SIGUSR1,
-                                 SIGUSR2, SIGCONT, SIGWINCH, SIGCHLD};
-    sigset_t set;
-    sigemptyset(&set);
-    for (size_t i = 0; i < BN_ARRAY_SIZE(passed); i++)
-        sigaddset(&set, passed[i]);
+    sigset_t set = passed_signals();
+    sigaddset(&set, SIGCHLD);
     sigprocmask(SIG_BLOCK, &set, NULL);
     cli_ignore_signals(false);
     return set;
