@@ -7,6 +7,10 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 
+#ifndef F_GET_SEALS
+#define F_GET_SEALS 1034
+#endif
+
 static struct rlimit before;
 static bool lifted;
 
@@ -52,6 +56,12 @@ static bool is_seqpacket(int fd)
            getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) == 0 && type == SOCK_SEQPACKET;
 }
 
+/* Likewise the page's memfd, and its duplicates that hold the place of offered memory. No memory of the driver's is as small. */
+static bool is_page(int fd, const struct stat *st)
+{
+    return S_ISREG(st->st_mode) && st->st_size == BN_AGENT_PAGE_SIZE && fcntl(fd, F_GET_SEALS) > 0;
+}
+
 bool bn_kept_valid(const struct bn_kept *kept)
 {
     struct stat st;
@@ -59,6 +69,8 @@ bool bn_kept_valid(const struct bn_kept *kept)
         return false;
     if (S_ISSOCK(st.st_mode))
         return is_seqpacket(kept->fd);
+    if (is_page(kept->fd, &st))
+        return true;
     return st.st_dev == kept->dev && st.st_ino == kept->ino && st.st_rdev == kept->rdev;
 }
 
