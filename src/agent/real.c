@@ -19,8 +19,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+/* Where the container hook moves the driver's library when it mounts the agent in its place (src/hook). Nothing is there
+ * outside of containers, and only root could put something there. */
 #ifndef BENNU_REAL_DRIVER
-#define BENNU_REAL_DRIVER "/usr/libexec/bennu/real/libcuda.so.1"
+#define BENNU_REAL_DRIVER "/.bennu/driver/libcuda.so.1"
 #endif
 
 #define SONAME "libcuda.so.1"
