@@ -7,7 +7,7 @@ MESON_ARGS ?=
 
 export BUILD PREFIX JOBS
 
-.PHONY: all setup demo check unit integration sanitize format format-check fuzz install uninstall clean help
+.PHONY: all setup demo check unit integration bench sanitize format format-check fuzz install uninstall clean help
 
 all:
 	@scripts/setup build
@@ -21,6 +21,7 @@ help:
 	@echo 'make unit         the unit tests alone            make integration   the integration tests alone'
 	@echo 'make sanitize     tests under ASan+UBSan (build-asan/) and TSan (build-tsan/)'
 	@echo 'make fuzz         every fuzz target for FUZZ_SECONDS seconds (clang; build-fuzz/)'
+	@echo 'make bench        measure, on a GPU if there is one, into bench/results/ (root; BENCH_ARGS="--only ...")'
 	@echo 'make format       lay the sources out with clang-format 14      make format-check'
 	@echo 'make install      DESTDIR= PREFIX=$(PREFIX)'
 
@@ -48,6 +49,9 @@ sanitize:
 	@scripts/configure build-asan -Db_sanitize=address,undefined -Db_lundef=false
 	@scripts/configure build-tsan -Db_sanitize=thread -Db_lundef=false
 	@scripts/run-tests build-asan:unit build-asan:asan build-tsan:tsan
+
+bench: all
+	@bench/run --build $(BUILD) $(BENCH_ARGS)
 
 fuzz:
 	@scripts/fuzz

@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Loops on the GPU through the driver API, timed: what the agent's presence costs a program.
+ *
+ *     bench-loops --commands FIFO [--kernels PTX] [--scale N]
+ *
+ * Prints "ready", then obeys lines of the FIFO: the name of a loop runs it once and prints "NAME SECONDS"; "quit" ends it. --scale
+ * divides the work of each (for the simulated driver).
+ *
+ * launches     10,000 launches of a kernel of one thread, and a wait for all
+ * allocations  300 allocations and frees of 64 KiB to 256 MiB, 12 of them alive at a time
+ * memory       copies of 1 GiB within the GPU
+ */
+#include "driver.h"
+
+#include <getopt.h>
+
+#define ALIVE 12
+
+static unsigned scale = 1;
+static CUfunction increment;
+static CUdeviceptr counter, from, to;
+static size_t copy_bytes;
+
+static void launches(void)
+{
+    void *params[] = {&counter};
+    for (unsigned i = 0; i < 10000 / scale; i++)
+        MUST(cuLaunchKernel(increment, 1, 1, 1, 1, 1, 1, 0, NULL, params, NULL));
+    MUST(cuCtxSynchronize());
+}
+
+static void allocations(void)
+{
+    CUdeviceptr alive[ALIVE] = {0};
+    uint64_t random = 12345;
+    for (unsigned i = 0; i < 300 / scale; i++) {
+        random = random * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+        if (alive[i % ALIVE])
+            MUST(cuMemFree_v2(alive[i % ALIVE]));
+        size_t bytes = (size_t)(UINT64_C(1) << (16 + (random >> 33) % 13)) / scale;
+        MUST(cuMemAlloc_v2(&alive[i % ALIVE], bytes));
+    }
+    for (unsigned i = 0; i < ALIVE; i++)
+        if (alive[i])
+            MUST(cuMemFree_v2(alive[i]));
+}
+
+static void memory(void)
+{
+    for (unsigned i = 0; i < 512 / scale; i++)
+        MUST(cuMemcpyDtoDAsync_v2(to, from, copy_bytes, NULL));
+    MUST(cuCtxSynchronize());
+}
+
+static const struct {
+    const char *name;
+    void (*run)(void);
+} loops[] = {{"launches", launches}, {"allocations", allocations}, {"memory", memory}};
+
+int main(int argc, char **argv)
+{
+    static const struct option longs[] = {{"kernels", required_argument, NULL, 'k'},
+                                          {"commands", required_argument, NULL, 'c'},
+                                          {"scale", required_argument, NULL, 's'},
+                                          {0}};
+    const char *kernels = "sim/kernels.ptx", *commands = NULL;
+    char line[64];
+    for (int c; (c = getopt_long(argc, argv, "", longs, NULL)) != -1;) {
+        switch (c) {
+        case 'k': kernels = optarg; break;
+        case 'c': commands = optarg; break;
+        case 's': scale = (unsigned)strtoul(optarg, NULL, 10); break;
+        default: commands = NULL; optind = argc;
+        }
+    }
+    if (!commands || scale == 0) {
+        fprintf(stderr, "usage: bench-loops --commands FIFO [--kernels PTX] [--scale N]\n");
+        return 2;
+    }
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    driver_open();
+    driver_context();
+    CUmodule module = driver_module(kernels);
+    MUST(cuModuleGetFunction(&increment, module, "bn_increment"));
+    copy_bytes = ((size_t)1 << 30) / scale;
+    MUST(cuMemAlloc_v2(&counter, 8));
+    MUST(cuMemsetD8_v2(counter, 0, 8));
+    MUST(cuMemAlloc_v2(&from, copy_bytes));
+    MUST(cuMemAlloc_v2(&to, copy_bytes));
+    MUST(cuMemsetD8_v2(from, 1, copy_bytes));
+    printf("ready\n");
+    while (next_command(commands, line, sizeof(line)) && strcmp(line, "quit") != 0) {
+        for (size_t i = 0; i < sizeof(loops) / sizeof(loops[0]); i++) {
+            if (strcmp(line, loops[i].name) != 0)
+                continue;
+            double began = seconds();
+            loops[i].run();
+            printf("%s %.9f\n", line, seconds() - began);
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""bench/run on the simulated driver: it measures, writes what it should, can be run in several goes, and loses nothing when a step fails."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import unittest
+import xml.etree.ElementTree
+
+sys.dont_write_bytecode = True
+import librows  # noqa: E402
+import libsteps  # noqa: E402
+
+HERE = pathlib.Path(__file__).resolve().parent
+SIZES = libsteps.sizes_for(True, True)
+KEYS = ["name", "value", "unit", "target", "better"]
+
+
+def figures(**values):
+    f = librows.Figures({})
+    for key, v in values.items():
+        f.add(key.replace("_", "."), key, v, "s", step="x")
+    return f.data
+
+
+class Rows(unittest.TestCase):
+    def value(self, rows, text):
+        return next(r["value"] for r in rows if text in r["name"])
+
+    def test_a_ratio_is_of_medians(self):
+        rows, runs = librows.make_rows(figures(suspend_rate=[40.0, 45.0, 90.0], link_out=50.0), SIZES, {})
+        self.assertEqual(self.value(rows, "suspend 64 MiB, host tier: rate"), 0.9)
+        self.assertEqual(runs["suspend_rate"], {"n": 3, "min": 40.0, "median": 45.0, "max": 90.0, "values": [40.0, 45.0, 90.0], "step": "x",
+                                                "at": runs["suspend_rate"]["at"]})
+
+    def test_a_target_without_its_figures_has_no_value(self):
+        rows, runs = librows.make_rows(figures(suspend_rate=45.0), SIZES, {"link": "no", "suspend": "why"})
+        self.assertIsNone(self.value(rows, "suspend 64 MiB, host tier: rate"))
+        self.assertEqual(runs["suspend 64 MiB, host tier: rate / pinned bandwidth"]["note"], "why")
+        self.assertEqual(len([r for r in rows if r["target"] is not None]), len(librows.targets(SIZES)))
+
+    def test_the_bound_of_a_load(self):
+        data = figures(load_restore=2.0, load_driver=0.3, load_empty_restore=1.2, load_empty_driver=0.2)
+        rows, _ = librows.make_rows(data, {**SIZES, "load": int(100e9)}, {})  # 2 s at 50 GB/s, longer than CRIU's 1 s
+        self.assertAlmostEqual(self.value(rows, "from tmpfs / (max"), 2.0 / (2 * 1.15 + 0.3), places=5)
+
+    def test_merge_takes_the_later_value_and_no_null(self):
+        def doc(date, data):
+            head = {"machine": "m", "gpu": "g", "driver": "d", "date": date, "commit": "c"}
+            for figure in data.values():
+                figure["at"] = date
+            return librows.document(head, {"figures": data, "steps": {}, "notes": {}, "simulated": False}, SIZES)
+        first = doc("2026-01-01T00:00:00Z", figures(gate_cost=3.0, link_in=50.0))
+        second = doc("2026-01-01T01:00:00Z", figures(gate_cost=4.0))
+        for docs in ([first, second], [second, first]):
+            merged = librows.merge(docs)
+            self.assertEqual(self.value(merged["rows"], "a gated call"), 4.0)
+            self.assertEqual(self.value(merged["rows"], "link_in"), 50.0)
+            self.assertEqual(len({r["name"] for r in merged["rows"]}), len(merged["rows"]))
+        with self.assertRaises(ValueError):
+            librows.merge([first, {**second, "commit": "other"}])
+
+
+class Run(unittest.TestCase):
+    def run_bench(self, *args, status=0):
+        r = subprocess.run([sys.executable, HERE / "run", *map(str, args)], capture_output=True, text=True, timeout=100)
+        self.assertEqual(r.returncode, status, r.stdout[-4000:] + r.stderr[-2000:])
+        return r.stdout
+
+    def read(self, folder):
+        file, = pathlib.Path(folder).glob("*.json")
+        xml.etree.ElementTree.parse(file.with_suffix(".svg"))
+        doc = json.loads(file.read_text())
+        for key in ("machine", "gpu", "driver", "date", "commit"):
+            self.assertTrue(doc[key] and isinstance(doc[key], str), key)
+        for row in doc["rows"]:
+            self.assertEqual(list(row), KEYS)
+            self.assertIn(row["better"], ("higher", "lower"))
+            self.assertTrue(row["value"] is None or isinstance(row["value"], (int, float)), row)
+        return doc, {r["name"]: r["value"] for r in doc["rows"]}
+
+    def test_in_two_goes(self):
+        build = os.environ["BENNU_BUILD"]
+        with tempfile.TemporaryDirectory(prefix="bennu-test-bench.") as folder:
+            common = ["--simulated", "--quick", "--build", build, "--out", f"{folder}/out", "--state", f"{folder}/state", "--images", folder]
+            text = self.run_bench(*common, "--only", "link,suspend,driver,gpu-tier")
+            self.assertIn("shape only", text)
+            doc, values = self.read(f"{folder}/out")
+            self.assertTrue(doc["simulated"])
+            self.assertEqual({k: v["result"] for k, v in doc["steps"].items() if k != "gpu-tier"},
+                             dict.fromkeys(("link", "suspend", "driver"), "done"))
+            for name in ("suspend 64 MiB, host tier: rate / pinned bandwidth", "resume 64 MiB, host tier: times faster than the driver's path"):
+                self.assertGreater(values[name], 0)
+            self.assertIsNone(values["dump to disk: rate / the disk's O_DIRECT rate"])
+            self.assertEqual(doc["runs"]["suspend 64 MiB, host tier: whole command"]["n"], 2)
+
+            text = self.run_bench(*common, "--only", "suspend,rest,blocks,overhead,load,disk")
+            self.assertIn("measured already since this machine booted (--again measures again): suspend", text)
+            doc, more = self.read(f"{folder}/out")
+            for name, value in values.items():
+                if value is not None:
+                    self.assertEqual(more[name], value)
+            for name in ("dump to disk: rate / the disk's O_DIRECT rate", "restore from disk: rate / the disk's O_DIRECT rate"):
+                self.assertGreater(more[name], 0)
+            self.assertTrue(any(" times " in n or " in blocks of " in n for n in more))
+
+            result, = pathlib.Path(f"{folder}/out").glob("*.json")
+            self.run_bench("--merge", result, "--out", f"{folder}/merged")
+            self.assertEqual(self.read(f"{folder}/merged")[1], more)
+            self.assertFalse(list(pathlib.Path(folder).glob("bennu-bench.*")), "the working folder is left")
+
+    def test_a_step_that_fails_loses_nothing(self):
+        with tempfile.TemporaryDirectory(prefix="bennu-test-bench.") as folder:
+            build, broken = pathlib.Path(os.environ["BENNU_BUILD"]), pathlib.Path(folder) / "build"
+            broken.mkdir()
+            for entry in build.iterdir():
+                (broken / entry.name).symlink_to(entry)
+            (broken / "bench").unlink()
+            (broken / "bench").mkdir()
+            for entry in (build / "bench").glob("bench-*"):
+                (broken / "bench" / entry.name).symlink_to(entry)
+            (broken / "bench/bench-driver-ckpt").unlink()
+            (broken / "bench/bench-driver-ckpt").symlink_to("/bin/false")
+            self.run_bench("--simulated", "--quick", "--build", broken, "--out", f"{folder}/out", "--state", f"{folder}/state", "--images", folder,
+                           "--only", "link,driver,suspend", status=1)
+            doc, values = self.read(f"{folder}/out")
+            self.assertEqual({k: v["result"] for k, v in doc["steps"].items()}, {"link": "done", "suspend": "done", "driver": "failed"})
+            self.assertIsNone(values["suspend 64 MiB, host tier: times faster than the driver's path"])
+            self.assertGreater(values["resume 64 MiB, host tier: rate / pinned bandwidth"], 0)
+
+    def test_wrong_usage(self):
+        self.run_bench("--build", os.environ["BENNU_BUILD"], "--simulated", "--only", "nonsense", "--state", "/tmp/bennu-test-bench-state", status=1)
+
+
+if __name__ == "__main__":
+    if os.geteuid() != 0:
+        print("checkpoints need root")
+        sys.exit(77)
+    unittest.main(verbosity=2)
