@@ -154,6 +154,9 @@ int cli_criu_plugin_present(const char *dir, struct bn_error *err);
 int cli_criu_setup(const struct cli_criu *criu, int images, int work, const char *log, struct bn_error *err);
 /* While CRIU works, a signal from the terminal must not tear it from its tasks: they are ignored meanwhile, in CRIU too. */
 void cli_ignore_signals(bool ignore);
+/* libcriu writes to the C library's `stderr` when CRIU ends without an answer, as it does on our plugin's word; the one message
+ * of a failure is ours. Meanwhile only what goes to the descriptor itself is seen: the progress. */
+void cli_hush_libcriu(bool hush);
 /* The cause in CRIU's log, as a sentence; empty when it does not say. `out` of `cap` bytes. */
 void cli_criu_log_cause(int dir, const char *log, char *out, size_t cap);
 void cli_version_text(int version, char out[24]);

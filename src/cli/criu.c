@@ -123,8 +123,11 @@ int cli_criu_find(struct cli_criu *criu, struct bn_error *err)
     char dir[PATH_MAX];
     cli_plugin_dir(dir);
     if (!realpath(dir, criu->plugin_dir))
-        return bn_error_set(err, errno, "plugin", "the folder of Bennu's CRIU plugin, %s, cannot be read: %m",
-                            dir);
+        return bn_error_set(
+            err, errno, "plugin",
+            "the folder of Bennu's CRIU plugin, %s, cannot be read (%m): install Bennu, or set "
+            "BENNU_PLUGIN_DIR",
+            dir);
     return cli_criu_plugin_present(criu->plugin_dir, err);
 }
 
@@ -178,6 +181,21 @@ void cli_ignore_signals(bool ignore)
     static const int list[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGTSTP, SIGUSR1, SIGUSR2};
     for (size_t i = 0; i < BN_ARRAY_SIZE(list); i++)
         signal(list[i], ignore ? SIG_IGN : SIG_DFL);
+}
+
+void cli_hush_libcriu(bool hush)
+{
+    static FILE *ours, *nobody;
+    if (hush) {
+        ours = stderr;
+        nobody = fopen("/dev/null", "we");
+        if (nobody)
+            stderr = nobody;
+    } else if (nobody) {
+        stderr = ours;
+        fclose(nobody);
+        nobody = NULL;
+    }
 }
 
 static const struct {

@@ -179,7 +179,9 @@ static int checkpoint(struct dump *d, int *sock, struct bn_error *err)
         return failed(d, CLI_FAILED, err);
     }
     uint64_t began = bn_now_ns();
+    cli_hush_libcriu(true);
     int result = criu_dump();
+    cli_hush_libcriu(false);
     uint64_t criu_took = bn_now_ns() - began;
     int watched = cli_watch_finish(watch, result >= 0 && d->cuda > 0, &d->phases, &session);
     d->took = bn_now_ns() - began;

@@ -56,8 +56,7 @@ static void draw(struct cli_progress *p, uint64_t now_ns)
     }
     if (strlen(line) >= cols)
         line[cols - 1] = 0;
-    fprintf(stderr, "\r\033[K%s", line);
-    fflush(stderr);
+    dprintf(STDERR_FILENO, "\r\033[K%s", line);
     p->drawn = true;
 }
 
@@ -138,8 +137,7 @@ void cli_progress_free(struct cli_progress *p)
     pthread_mutex_unlock(&p->lock);
     pthread_join(p->thread, NULL);
     if (p->drawn) {
-        fputs("\r\033[K", stderr);
-        fflush(stderr);
+        dprintf(STDERR_FILENO, "\r\033[K");
     }
     pthread_cond_destroy(&p->wake);
     pthread_mutex_destroy(&p->lock);

@@ -245,7 +245,9 @@ static pid_t bring_back(struct restore *r, int *sock, struct bn_error *err)
         return -EIO;
     }
     uint64_t began = bn_now_ns();
+    cli_hush_libcriu(true);
     int pid = detach ? criu_restore() : criu_restore_child();
+    cli_hush_libcriu(false);
     uint64_t criu_took = bn_now_ns() - began;
     int watched = cli_watch_finish(watch, pid > 0 && r->manifest, &r->phases, &session);
     r->took = bn_now_ns() - began;

@@ -38,8 +38,8 @@ int cli_suspend_or_resume(uint16_t type, pid_t pid, bool as_json, bool silent)
     int r = bn_ctl_call(sock, type, &body, NULL, 0, cli_progress_event, progress, buf, &reply, &err);
     uint64_t took = bn_now_ns() - began;
     cli_progress_free(progress);
-    if (r < 0)
-        return cli_fail(cli_daemon_exit_code(&err), &err, as_json);
+    if (r < 0) /* ENODATA: no CUDA in it */
+        return cli_fail(err.code == ENODATA ? CLI_REFUSED : cli_daemon_exit_code(&err), &err, as_json);
     bn_read_phases(&reply, &phases);
     if (reply.failed) {
         bn_error_set(&err, EBADMSG, "daemon",
