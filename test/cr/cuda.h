@@ -85,9 +85,9 @@ static inline void cr_open(int device)
     void *driver = dlopen("libcuda.so.1", RTLD_NOW);
     if (!driver)
         cr_die("%s", dlerror());
-#define X(name)                                         \
-    cu.name = (bn_pfn_##name)dlsym(driver, #name);      \
-    if (!cu.name)                                       \
+#define X(name)                                    \
+    cu.name = (bn_pfn_##name)dlsym(driver, #name); \
+    if (!cu.name)                                  \
         cr_die("the driver has no " #name);
     CR_FUNCTIONS(X)
 #undef X

@@ -13,6 +13,7 @@
  *   --pause MS                           between rounds
  *   --children N                         that many children of its own kind, started by fork and exec
  *   --root-without-cuda                  with --children: the root only waits
+ *   --keep                               never free one and make it anew
  *   --device N
  */
 #include <errno.h>
@@ -48,7 +49,7 @@ static struct {
     unsigned allocs, children, role, device;
     size_t min, max;
     unsigned long rounds, pause_ms;
-    bool root_without_cuda;
+    bool root_without_cuda, keep;
 } opt = {.allocs = 24, .min = 4, .max = 5u << 20, .pause_ms = 2};
 
 static struct region regions[REGIONS_MAX];
@@ -76,12 +77,13 @@ static void expected(uint64_t *out, uint64_t seed, size_t first_word, size_t byt
         out[i] = cr_mix(seed + first_word + i);
 }
 
-__attribute__((noreturn)) static void wrong(size_t r, size_t offset, unsigned is, unsigned should, uint64_t round,
-                                            const char *where)
+__attribute__((noreturn)) static void wrong(size_t r, size_t offset, unsigned is, unsigned should,
+                                            uint64_t round, const char *where)
 {
     printf("%u %d wrong\n", opt.role, (int)getpid());
     cr_die("WRONG: round %llu, allocation %zu (%s of %zu bytes%s), byte %zu is %#x and not %#x",
-           (unsigned long long)round, r, kind_name[regions[r].kind], regions[r].bytes, where, offset, is, should);
+           (unsigned long long)round, r, kind_name[regions[r].kind], regions[r].bytes, where, offset, is,
+           should);
 }
 
 static void compare(size_t r, size_t offset, const void *is, size_t bytes, uint64_t round, const char *where)
@@ -194,7 +196,7 @@ static void make_again(size_t r)
 
 static void change(uint64_t round)
 {
-    if (round > 0)
+    if (round > 0 && !opt.keep)
         make_again(round % n_regions);
     for (size_t r = 0; r < n_regions; r++)
         fill(r, round);
@@ -217,7 +219,8 @@ static struct region *add(enum kind kind, size_t bytes)
 
 static CUdeviceptr map_at_new_address(CUmemGenericAllocationHandle handle, size_t size)
 {
-    CUmemAccessDesc access = {{CU_MEM_LOCATION_TYPE_DEVICE, (int)opt.device}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+    CUmemAccessDesc access = {{CU_MEM_LOCATION_TYPE_DEVICE, (int)opt.device},
+                              CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
     CUdeviceptr ptr;
     MUST(cuMemAddressReserve(&ptr, size, 0, 0, 0));
     MUST(cuMemMap(ptr, size, 0, handle, 0));
@@ -348,9 +351,16 @@ static size_t size_of(const char *text)
 static void parse(int argc, char **argv)
 {
     static const struct option longs[] = {
-        {"allocs", 1, NULL, 'a'},   {"min", 1, NULL, 'm'},   {"max", 1, NULL, 'M'},
-        {"rounds", 1, NULL, 'r'},   {"pause", 1, NULL, 'p'}, {"children", 1, NULL, 'c'},
-        {"role", 1, NULL, 'R'},     {"device", 1, NULL, 'd'}, {"root-without-cuda", 0, NULL, 'w'},
+        {"allocs", 1, NULL, 'a'},
+        {"min", 1, NULL, 'm'},
+        {"max", 1, NULL, 'M'},
+        {"rounds", 1, NULL, 'r'},
+        {"pause", 1, NULL, 'p'},
+        {"children", 1, NULL, 'c'},
+        {"role", 1, NULL, 'R'},
+        {"device", 1, NULL, 'd'},
+        {"root-without-cuda", 0, NULL, 'w'},
+        {"keep", 0, NULL, 'k'},
         {0},
     };
     for (int c; (c = getopt_long(argc, argv, "", longs, NULL)) != -1;) {
@@ -363,6 +373,7 @@ static void parse(int argc, char **argv)
         case 'c': opt.children = (unsigned)atoi(optarg); break;
         case 'R': opt.role = (unsigned)atoi(optarg); break;
         case 'd': opt.device = (unsigned)atoi(optarg); break;
+        case 'k': opt.keep = true; break;
         case 'w': opt.root_without_cuda = true; break;
         default: exit(2);
         }
@@ -391,7 +402,8 @@ int main(int argc, char **argv)
         change(round + 1);
         printf("%u %d round %llu\n", opt.role, (int)getpid(), (unsigned long long)round + 1);
         check_children(WNOHANG);
-        nanosleep(&(struct timespec){(time_t)(opt.pause_ms / 1000), (long)(opt.pause_ms % 1000) * 1000000}, NULL);
+        nanosleep(&(struct timespec){(time_t)(opt.pause_ms / 1000), (long)(opt.pause_ms % 1000) * 1000000},
+                  NULL);
     }
     printf("%u %d end\n", opt.role, (int)getpid());
     return asked ? EXIT_ASKED : 0;

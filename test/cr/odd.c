@@ -121,7 +121,8 @@ static void send_handle(int sock, bool vmm)
         hdr.msg_control = m.room;
         hdr.msg_controllen = sizeof(m.room);
         struct cmsghdr *c = CMSG_FIRSTHDR(&hdr);
-        *c = (struct cmsghdr){.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(sizeof(fd))};
+        *c = (struct cmsghdr){
+            .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(sizeof(fd))};
         memcpy(CMSG_DATA(c), &fd, sizeof(fd));
     } else {
         MUST(cuIpcGetMemHandle(&m.ipc, alloc(BYTES)));
@@ -136,7 +137,8 @@ static CUdeviceptr receive_handle(int sock, bool vmm)
 {
     struct message m = {0};
     struct iovec iov = {&m.ipc, sizeof(m.ipc)};
-    struct msghdr hdr = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = m.room, .msg_controllen = sizeof(m.room)};
+    struct msghdr hdr = {
+        .msg_iov = &iov, .msg_iovlen = 1, .msg_control = m.room, .msg_controllen = sizeof(m.room)};
     if (recvmsg(sock, &hdr, 0) <= 0)
         cr_die("the child has sent nothing");
     CUdeviceptr ptr;
@@ -147,7 +149,8 @@ static CUdeviceptr receive_handle(int sock, bool vmm)
     int fd;
     CUmemGenericAllocationHandle handle;
     memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&hdr)), sizeof(fd));
-    MUST(cuMemImportFromShareableHandle(&handle, (void *)(intptr_t)fd, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR));
+    MUST(cuMemImportFromShareableHandle(&handle, (void *)(intptr_t)fd,
+                                        CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR));
     close(fd);
     return map(handle);
 }

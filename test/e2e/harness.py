@@ -4,6 +4,7 @@ Every test has a folder, a run folder and a simulated machine of its own (BENNU_
 hopes: it waits for a line in a file or for the end of a process. When a test fails, the logs of all that took part are printed.
 """
 
+import contextlib
 import ctypes
 import itertools
 import json
@@ -115,6 +116,7 @@ class Program:
             self.popen = subprocess.Popen(command, stdin=stdin, stdout=stdout or out, stderr=stderr or err, env=env,
                                           start_new_session=True, cwd="/")
         self.pid = self.popen.pid
+        self.pids = [self.pid]  # of the tree, at its last dump
         self.restored = False
         self.moments = [0]  # where in the output a life begins that did not follow on the one before it
 
@@ -229,11 +231,11 @@ class Case(unittest.TestCase):
         args = [f"--children={children}"] + ([] if root_cuda else ["--root-without-cuda"])
         return self.memcheck(*args, roles=range(0 if root_cuda else 1, children + 1), **kwargs)
 
-    def ours(self):
-        """Living processes of this test's simulated machine, the daemon left out."""
+    def ours(self, daemons=False):
+        """Living processes of this test's simulated machine; without bennud's if not asked for."""
         found = []
         for entry in os.listdir("/proc"):
-            if not entry.isdigit() or (self.daemon and int(entry) == self.daemon.pid):
+            if not entry.isdigit() or (not daemons and text_of(f"/proc/{entry}/comm").startswith("bennud")):
                 continue
             try:
                 with open(f"/proc/{entry}/environ", "rb") as f:
@@ -242,6 +244,17 @@ class Case(unittest.TestCase):
             except OSError:
                 pass
         return found
+
+    def nothing_left(self, program, *but):
+        """A failed restore leaves nothing of `program`, and no process but these. Those it has killed may be our children: they are
+        collected."""
+        def look():
+            for entry in os.listdir("/proc"):
+                if entry.isdigit() and state_of(entry) == "Z" and int(entry) not in but:
+                    with contextlib.suppress(ChildProcessError, OSError):
+                        os.waitpid(int(entry), os.WNOHANG)
+            return self.ours() == list(but) and not any(state_of(pid) for pid in program.pids)
+        wait_for(look, "nothing is left")
 
     # --- the command line ---
 
@@ -285,6 +298,7 @@ class Case(unittest.TestCase):
 
     def dump(self, program, *args, name="ck"):
         children = children_of(program.pid)
+        program.pids = [program.pid] + children
         self.ok("dump", program.pid, self.path(name), *args)
         if "--leave-running" not in args:
             program.gone(children)

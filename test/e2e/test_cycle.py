@@ -197,8 +197,9 @@ class WithoutDaemon(Case):
         program.go_on()
 
     def test_the_private_daemon_ends(self):
-        self.cycle(self.memcheck())
-        wait_for(lambda: not [p for p in self.ours() if text_of(f"/proc/{p}/comm") == "bennud\n"], "the private bennud ends")
+        program = self.memcheck()
+        self.cycle(program)
+        wait_for(lambda: self.ours(daemons=True) == [program.pid], "the private bennud ends")
 
 
 class StockImages(Case):

@@ -1,0 +1,104 @@
+"""Suspend and resume: the GPU's memory is really free meanwhile, and every byte is back afterwards."""
+
+import harness
+from harness import Case, ODD, wait_for
+
+
+class Suspend(Case):
+    def state(self, pid):
+        found = [p for p in self.ok_json("ps")["processes"] if p["pid"] == pid]
+        self.assertEqual(len(found), 1)
+        return found[0]
+
+    def check_cycle(self, program, rounds=2):
+        for _ in range(rounds):
+            self.ok("suspend", program.pid)
+            before = [program.round(r) for r in program.roles]
+            self.assertEqual(self.state(program.pid)["state"], "suspended")
+            self.ok("resume", program.pid)
+            program.go_on()
+            self.assertGreaterEqual([program.round(r) for r in program.roles], before)
+
+    def test_one_process(self):
+        self.start_daemon()
+        self.check_cycle(self.memcheck())
+
+    def test_one_process_without_agent(self):
+        self.start_daemon()
+        self.check_cycle(self.memcheck(agent=False))
+
+    def test_tree_of_three(self):
+        self.start_daemon()
+        self.check_cycle(self.tree())
+
+    def test_threads_that_launch_without_end(self):
+        self.start_daemon()
+        self.check_cycle(self.start(ODD, "threads", 8), rounds=5)
+
+    def test_json(self):
+        self.start_daemon()
+        program = self.memcheck()
+        for command in ("suspend", "resume"):
+            answer = self.ok_json(command, program.pid)
+            self.assertEqual(answer["pid"], program.pid)
+            self.assertGreater(answer["duration_s"], 0)
+            self.assertTrue(answer["phases"])
+        program.go_on()
+
+    def test_a_dump_after_a_resume(self):
+        self.start_daemon()
+        program = self.tree()
+        self.check_cycle(program, rounds=1)
+        self.dump(program)
+        self.restore(program)
+        program.go_on()
+        self.check_cycle(program, rounds=1)
+
+    def test_memory_is_free_meanwhile_and_resume_waits_for_it(self):
+        self.start_daemon()
+        program = self.start(ODD, "hold", 160)
+        second = self.start(ODD, "hold", 160, wait=False)
+        self.assertEqual(second.popen.wait(60), 1)
+        self.assertIn("CUDA error 2", harness.text_of(second.err))
+
+        self.ok("suspend", program.pid)
+        state = self.state(program.pid)
+        self.assertEqual((state["state"], state["gpu_bytes"]), ("suspended", 0))
+        self.assertGreaterEqual(state["host_bytes"], 160 << 20)
+        third = self.start(ODD, "hold", 160)
+        self.refused(1, "resume", program.pid, says=("free", "memory"))
+        self.assertEqual(self.state(program.pid)["state"], "suspended")
+        third.go_on()
+        third.kill()
+        self.ok("resume", program.pid)
+        program.go_on()
+
+    def test_twice_and_not_at_all(self):
+        self.start_daemon()
+        program = self.memcheck()
+        self.refused(1, "resume", program.pid, says=("not suspended", str(program.pid)))
+        self.ok("suspend", program.pid)
+        self.refused(1, "suspend", program.pid, says="already")
+        self.refused(1, "dump", program.pid, self.path("ck"), says=("suspended", "resume"))
+        self.no_checkpoint(self.path("ck"))
+        self.ok("resume", program.pid)
+        program.go_on()
+
+    def test_the_daemon_gives_all_back_before_it_ends(self):
+        self.start_daemon()
+        program = self.memcheck()
+        self.ok("suspend", program.pid)
+        self.assertEqual(self.stop_daemon(), 0)
+        program.go_on()
+
+    def test_a_suspended_process_that_is_killed_leaves_nothing(self):
+        self.start_daemon()
+        program = self.start(ODD, "hold", 160)
+        self.ok("suspend", program.pid)
+        program.kill()
+        wait_for(lambda: program.pid not in [p["pid"] for p in self.ok_json("ps")["processes"]], "bennud forgets it")
+        self.start(ODD, "hold", 160)
+
+
+if __name__ == "__main__":
+    harness.main()
