@@ -186,8 +186,10 @@ int bn_dump_purge(const struct bn_dump *d, pid_t pid, uint64_t *freed, struct bn
     struct bn_agent *agent = agent_of(d, pid);
     if (!agent)
         return bn_error_set(err, ENOENT, "purge", "process %d has no agent", pid);
+    bn_kill_point(d->q.env, "purge", "begin");
     int phase = bn_report_begin(d->q.report, "purge");
     int r = bn_agent_purge(agent, freed, err);
+    bn_kill_point(d->q.env, "purge", "end");
     bn_report_end(d->q.report, phase, r == 0 ? *freed : 0);
     return r;
 }

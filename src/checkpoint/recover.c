@@ -148,8 +148,12 @@ static int look_at_agent(struct bn_target *t, struct bn_error *err)
         return r;
     t->gated = page.state == BN_AGENT_CLOSED || page.state == BN_AGENT_EVICTED;
     t->evicted = page.state == BN_AGENT_EVICTED;
-    if (!t->gated)
+    if (!t->gated) { /* it goes on already, and what we hold of it is old */
         bn_agent_detach(t->agent);
+        bn_target_release(t);
+        bn_target_drop_host(t);
+        return 0;
+    }
     bool has_sets = true;
     for (size_t p = 0; p < t->nparts; p++)
         has_sets = has_sets && t->parts[p].set;

@@ -119,8 +119,10 @@ static int produce_old(void *arg, uint64_t chunk, unsigned nchunks, void *data, 
 static int copy_from_host(struct bn_quiesce *q, struct bn_target *t, struct bn_target_part *part, void *arg,
                           struct bn_copy **job, struct bn_error *err)
 {
-    (void)t, (void)arg;
-    if (!part->set || !(part->mem || part->old)) /* the process is gone; or the bytes never left the GPU */
+    (void)arg;
+    if (!t->gated || !part->set) /* it runs on that memory already; it is gone */
+        return 0;
+    if (!part->mem && !part->old) /* the bytes never left the GPU */
         return 0;
     struct bn_copy_spec spec = {.mode = BN_COPY_FROM_HOST, .set = part->set, .mem = part->mem};
     if (part->old)

@@ -223,7 +223,7 @@ static void say(const struct keeper *k, int status)
 static uint64_t note_death(struct keeper *k)
 {
     uint64_t now = bn_now_ns(), *oldest = &k->death_ns[k->deaths++ % DEATHS];
-    bool often = *oldest && now - *oldest < DEATHS_NS;
+    bool often = *oldest && now - *oldest < DEATHS_NS && !getenv("BENNUD_TEST_KILL");
     *oldest = now;
     return often ? SLOW_NS : 0;
 }

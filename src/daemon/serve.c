@@ -469,11 +469,15 @@ static bool answer(struct client *c, void *buf)
         bn_error_set(&err, r, "request", "%s", strerror(-r));
         log_failure(head.type, &err);
     }
+    if (head.type == BN_CTL_DUMP_END)
+        bn_kill_point(&c->d->env, "reply", "begin");
     pthread_mutex_lock(&c->send_lock);
     r = bn_ctl_send(c->fd, head.type, true, &err, err.code ? NULL : &reply, NULL, 0);
     pthread_mutex_unlock(&c->send_lock);
-    if (head.type == BN_CTL_DUMP_END)
+    if (head.type == BN_CTL_DUMP_END) {
+        bn_kill_point(&c->d->env, "reply", "end");
         dump_let_go(c);
+    }
     return r == 0;
 }
 

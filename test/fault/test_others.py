@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""Whoever else can be killed: the keeper, keeper and worker together, CRIU, the command line; and daemons that die again and again."""
+
+import os
+import signal
+
+import fault
+from fault import Application, Daemon, FaultTest, MANIFEST, alive, text_of, wait_for
+
+
+class Others(FaultTest):
+    def setUp(self):
+        super().setUp()
+        self.app = Application(self.dir, self.env)
+
+    def stop(self):
+        self.daemon.stop()
+        self.daemon = None
+
+    # ---- the daemon's two halves
+
+    def test_keeper(self):
+        """The worker goes on, says so once, and ends in order."""
+        self.daemon = Daemon(self)
+        worker = self.daemon.first
+        self.daemon.popen.kill()
+        self.daemon.popen.wait()
+        wait_for(lambda: "the keeper is gone" in text_of(self.daemon.log), "a word about it")
+        self.succeeds("suspend", self.app.pid)
+        self.wait_state("suspended")
+        self.succeeds("resume", self.app.pid)
+        self.app.go_on()
+        self.cycle()
+        self.succeeds("suspend", self.app.pid)
+        os.kill(worker, signal.SIGTERM)
+        fault.bury([worker])
+        self.app.go_on()
+        self.assertEqual(text_of(self.daemon.log).count("the keeper is gone"), 1)
+        self.daemon = Daemon(self)
+        self.cycle()
+        self.stop()
+
+    def test_both_with_memory_in_place(self):
+        """Nobody is left: the agents notice it and open their gates."""
+        for point in ("gate:end", "hand-over:one", "copy:end"):
+            with self.subTest(point):
+                self.daemon = Daemon(self, point)
+                os.kill(self.daemon.popen.pid, signal.SIGSTOP)
+                self.assertNotEqual(self.criu("dump", self.new_dir(), "-t", self.app.pid, "--leave-running"), 0)
+                self.app.go_on()
+                self.daemon.end()
+                self.daemon = None
+                self.app.go_on()
+        self.daemon = Daemon(self)
+        self.cycle()
+        self.stop()
+
+    def test_both_with_memory_away(self):
+        """What only they had is lost. The processes never run without it."""
+        self.daemon = Daemon(self)
+        self.succeeds("suspend", self.app.pid)
+        self.daemon.end()
+        self.daemon = Daemon(self)
+        self.assertNotIn("running", self.ps().values())
+        self.assertNotEqual(self.bennu("resume", self.app.pid).returncode, 0)
+        self.assertNotEqual(self.bennu("dump", self.app.pid, self.path("ck")).returncode, 0)
+        self.assertNotIn("running", self.ps().values())
+        self.assertIsNone(self.app.trouble())
+        self.stop()
+
+    def test_again_and_again(self):
+        """Five deaths in a minute: the next worker waits, and the record with it."""
+        self.daemon = Daemon(self)
+        self.succeeds("suspend", self.app.pid)
+        worker = self.daemon.first
+        for _ in range(6):
+            os.kill(worker, signal.SIGKILL)
+            worker = self.daemon.wait_worker(other_than=worker)
+        self.daemon.wait_ready()
+        self.wait_state("suspended")
+        self.succeeds("resume", self.app.pid)
+        self.app.go_on()
+        self.stop()
+
+    def test_sigterm_to_the_worker(self):
+        self.daemon = Daemon(self)
+        self.succeeds("suspend", self.app.pid)
+        os.kill(self.daemon.first, signal.SIGTERM)
+        self.assertEqual(self.daemon.popen.wait(fault.LONG), 0)
+        self.daemon = None
+        self.app.go_on()
+
+    def test_cannot_start(self):
+        """What goes wrong at the first start is told, not tried again."""
+        self.env["BENNU_DRIVER"] = "/nonexistent/libcuda.so.1"
+        done = fault.subprocess.run([fault.BENNUD], env=self.env, stderr=fault.subprocess.PIPE, timeout=fault.LONG, text=True,
+                                    check=False)
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+
+    # ---- CRIU
+
+    def checkpoint_or_none(self, folder, pids):
+        """The application goes on and there is no checkpoint, or there is one that can be restored."""
+        def settled():
+            gone = not any(alive(p) for p in pids)
+            return gone or (self.ps() and set(self.ps().values()) <= {"running", "no agent"})
+        wait_for(settled, "running, or gone")
+        if alive(self.app.pid):
+            self.app.go_on()
+            if MANIFEST in os.listdir(folder):
+                self.assertIn("inventory.img", os.listdir(folder))
+            else:
+                wait_for(lambda: not self.packs(folder), f"no packs: {os.listdir(folder)}")
+            return "goes on"
+        fault.bury(pids)
+        self.assertIn(MANIFEST, os.listdir(folder))
+        self.restore(folder)
+        return "saved"
+
+    def test_criu_at_its_stages(self):
+        self.daemon = Daemon(self)
+        for stage in ("pre-dump", "post-dump"):
+            with self.subTest(stage):
+                script, folder = self.path(f"at-{stage}"), self.new_dir()
+                with open(script, "w", encoding="utf-8") as f:
+                    f.write(f'#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" = {stage} ] && kill -9 $PPID\nexit 0\n')
+                os.chmod(script, 0o755)
+                pids = self.app.pids()
+                result = self.criu("dump", folder, "-t", self.app.pid, "--action-script", script)
+                self.assertEqual(result, -signal.SIGKILL, stage)
+                self.checkpoint_or_none(folder, pids)
+        self.cycle()
+        self.stop()
+
+    def test_criu_when_it_says(self):
+        self.daemon = Daemon(self)
+        for said in ("Seized task", "bennu", "Collecting fds", "Writing stats"):
+            with self.subTest(said):
+                folder, pids = self.new_dir(), self.app.pids()
+                criu = self.criu_start("dump", folder, "-t", self.app.pid, "--leave-running")
+                wait_for(lambda: said in text_of(folder + "/dump.log") or criu.poll() is not None, said)
+                criu.kill()
+                criu.wait()
+                self.assertEqual(self.checkpoint_or_none(folder, pids), "goes on")
+        self.cycle()
+        self.stop()
+
+    def test_criu_in_a_restore(self):
+        self.daemon = Daemon(self)
+        folder, pids = self.new_dir(), self.app.pids()
+        self.succeeds("dump", self.app.pid, folder)
+        fault.bury(pids)
+        for stage in ("pre-restore", "post-restore", "pre-resume"):
+            with self.subTest(stage):
+                script = self.path(f"at-{stage}")
+                with open(script, "w", encoding="utf-8") as f:
+                    f.write(f'#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" = {stage} ] && kill -9 $PPID\nexit 0\n')
+                os.chmod(script, 0o755)
+                self.assertEqual(self.criu("restore", folder, "-d", "--action-script", script), -signal.SIGKILL)
+                for p in pids:  # what CRIU leaves half-made is not ours to run
+                    try:
+                        os.kill(p, signal.SIGKILL)
+                    except ProcessLookupError:
+                        pass
+                fault.bury(pids)
+        self.restore(folder)
+        self.cycle()
+        self.stop()
+
+    # ---- the command line
+
+    def test_bennu_dump(self):
+        self.daemon = Daemon(self)
+        for step in ("bennu-record.json", "dump.log", "bennu-pack-0.img"):
+            with self.subTest(step):
+                folder, pids = self.path(f"by-{step}"), self.app.pids()
+                bennu = fault.subprocess.Popen([fault.BENNU, "dump", str(self.app.pid), folder], env=self.env,
+                                               stdout=fault.subprocess.DEVNULL, stderr=fault.subprocess.DEVNULL)
+                wait_for(lambda: os.path.exists(f"{folder}/{step}") or bennu.poll() is not None, step)
+                bennu.kill()
+                bennu.wait()
+                # CRIU goes on by itself: wait until it has ended, too.
+                wait_for(lambda: self.folder_is_idle(folder), "the end of CRIU")
+                self.checkpoint_or_none(folder, pids)
+        self.cycle()
+        self.stop()
+
+    def folder_is_idle(self, folder):
+        for p in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{p}/comm", encoding="utf-8") as f:
+                    if f.read().strip() == "criu" and self.dir in text_of(f"/proc/{p}/environ"):
+                        return False
+            except OSError:
+                pass
+        return True
+
+
+if __name__ == "__main__":
+    fault.main()

@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+"""The daemon is killed at every step of suspend, resume and restore; a suspended process outlives it."""
+
+import shutil
+
+import fault
+from fault import Application, Daemon, FaultTest, MANIFEST, wait_for
+
+SUSPEND = ["gate:end", "hand-over:one", "hand-over:end", "copy:end", "guard:end", "evict:one", "evict:end", "driver-lock:one",
+           "driver-lock:end", "driver-checkpoint:one", "driver-checkpoint:end", "suspended:begin"]
+SUSPENDED = ["suspended:one", "suspended:end"]
+# Nothing has been given back yet: it stays suspended.
+ALLOCATE = ["allocate:begin", "allocate:end"]
+RESUME = ["copy-in:begin", "copy-in:one"] + [f"{step}:{when}" for step in
+                                             ("driver-restore", "driver-unlock", "give-back", "open-gate")
+                                             for when in ("begin", "one", "end")] + [
+    "copy-end:begin", "copy-end:end", "release:begin", "release:end", "forget:begin"]
+RESTORE = ["driver-restore:begin", "driver-restore:one", "driver-unlock:one", "give-back:begin", "give-back:one", "give-back:end",
+           "copy-end:begin", "copy-end:end", "open-gate:begin", "open-gate:one", "open-gate:end", "forget:end"]
+
+
+class Suspend(FaultTest):
+    def setUp(self):
+        super().setUp()
+        self.app = Application(self.dir, self.env)
+
+    def stop(self):
+        self.daemon.stop()
+        self.daemon = None
+
+    def suspended(self):
+        self.wait_state("suspended")
+        self.assertIsNone(self.app.trouble())
+
+    def test_suspend(self):
+        for point in SUSPEND:
+            with self.subTest(point):
+                self.daemon = Daemon(self, point)
+                self.assertNotEqual(self.bennu("suspend", self.app.pid).returncode, 0)
+                self.daemon.wait_killed()
+                self.wait_state("running", "no agent")
+                self.app.go_on()
+                self.stop()
+        for point in SUSPENDED:
+            with self.subTest(point):
+                self.daemon = Daemon(self, point)
+                self.assertNotEqual(self.bennu("suspend", self.app.pid).returncode, 0)
+                self.daemon.wait_killed()
+                self.suspended()
+                self.succeeds("resume", self.app.pid)
+                self.app.go_on()
+                self.stop()
+        self.daemon = Daemon(self)
+        self.cycle()
+        self.stop()
+
+    def test_resume(self):
+        for point in ALLOCATE + RESUME:
+            with self.subTest(point):
+                self.daemon = Daemon(self, point)
+                self.succeeds("suspend", self.app.pid)
+                self.assertNotEqual(self.bennu("resume", self.app.pid).returncode, 0)
+                self.daemon.wait_killed()
+                if point in ALLOCATE:
+                    self.suspended()
+                    self.succeeds("resume", self.app.pid)
+                self.wait_state("running", "no agent")
+                self.app.go_on()
+                self.stop()
+        self.daemon = Daemon(self)
+        self.cycle()
+        self.stop()
+
+    def test_killed_while_suspended(self):
+        """Twice, and then once more while the last but one worker's host memory is being read."""
+        self.daemon = Daemon(self, ",,copy-end:begin")
+        self.succeeds("suspend", self.app.pid)
+        for _ in range(2):
+            worker = self.daemon.wait_worker()
+            fault.os.kill(worker, fault.signal.SIGKILL)
+            self.daemon.wait_worker(other_than=worker)
+            self.daemon.wait_ready()
+            self.suspended()
+        self.assertNotEqual(self.bennu("resume", self.app.pid).returncode, 0)
+        self.wait_state("running", "no agent")
+        self.app.go_on()
+        self.succeeds("suspend", self.app.pid)
+        self.succeeds("resume", self.app.pid)
+        self.app.go_on()
+        self.cycle()
+        self.stop()
+
+    def test_ends_while_the_daemon_is_down(self):
+        self.daemon = Daemon(self)
+        self.succeeds("suspend", self.app.pid)
+        fault.os.kill(self.daemon.popen.pid, fault.signal.SIGSTOP)  # no new worker before the processes are gone
+        fault.os.kill(self.daemon.first, fault.signal.SIGKILL)
+        fault.vanish(self.app.pid)
+        fault.os.kill(self.daemon.popen.pid, fault.signal.SIGCONT)
+        self.daemon.wait_killed()
+        wait_for(lambda: "brings 3 records" in fault.text_of(self.daemon.log), "three records")
+        self.stop()
+        self.assertNotIn("cannot", fault.text_of(self.path("bennud.log")))
+
+    def test_sigterm_resumes_first(self):
+        self.daemon = Daemon(self)
+        self.succeeds("suspend", self.app.pid)
+        self.stop()
+        self.app.go_on()
+
+    def test_sigterm_after_a_kill(self):
+        self.daemon = Daemon(self)
+        self.succeeds("suspend", self.app.pid)
+        fault.os.kill(self.daemon.first, fault.signal.SIGKILL)
+        self.daemon.wait_killed()
+        self.stop()
+        self.app.go_on()
+
+    def test_restore(self):
+        folder, pids = self.new_dir(), self.app.pids()
+        self.daemon = Daemon(self)
+        self.succeeds("dump", self.app.pid, folder)
+        fault.bury(pids)
+        self.stop()
+        for point in RESTORE:
+            with self.subTest(point):
+                self.daemon = Daemon(self, point)
+                self.app.forget()
+                self.assertNotEqual(self.bennu("restore", "--detach", folder).returncode, 0)
+                fault.bury(pids)
+                self.daemon.wait_killed()
+                self.assertIsNone(self.app.trouble())
+                self.stop()
+        self.assertIn(MANIFEST, fault.os.listdir(folder))
+        self.daemon = Daemon(self)
+        self.restore(folder)
+        self.cycle()
+        self.stop()
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    fault.main()
