@@ -147,21 +147,21 @@ def make_rows(figures, sizes, skipped):
 
 def document(head, state, sizes):
     rows, runs = make_rows(state["figures"], sizes, {s: v["text"] for s, v in state["steps"].items() if v["result"] != "done"})
-    return {**head, "rows": rows, "simulated": state["simulated"], "notes": state["notes"], "runs": runs, "steps": state["steps"]}
+    return {**head, "rows": rows, "simulated": state["simulated"], "quick": state["quick"], "notes": state["notes"], "runs": runs, "steps": state["steps"]}
 
 
 def file_name(doc):
     kind = re.sub(r"[^a-z0-9]+", "-", doc["gpu"].lower()).strip("-")
     commit = doc["commit"].split()[0][:12] + ("-changed" if " " in doc["commit"] else "")
-    return f"{doc['date'][:10]}-{kind}-{commit}.json"
+    return f"{doc['date'][:10]}-{kind}-{commit}{'-quick' if doc.get('quick') else ''}.json"
 
 
 def merge(docs):
     """One document of several of one kind of machine and commit. Of two rows of one name the later one that has a value stays. Every
     target row was made within one run already."""
     docs = sorted(docs, key=lambda d: d["date"])
-    if len({(d["gpu"], d["driver"], d["commit"], d.get("simulated")) for d in docs}) > 1:
-        raise ValueError("these results are not of one GPU, driver and commit")
+    if len({(d["gpu"], d["driver"], d["commit"], d.get("quick")) for d in docs}) > 1:
+        raise ValueError("these results are not of one GPU, driver, commit and size")
     out = {**docs[-1], "rows": [], "runs": {}, "steps": {}, "notes": {}}
     place = {}
     for d in docs:

@@ -53,7 +53,7 @@ class Rows(unittest.TestCase):
             head = {"machine": "m", "gpu": "g", "driver": "d", "date": date, "commit": "c"}
             for figure in data.values():
                 figure["at"] = date
-            return librows.document(head, {"figures": data, "steps": {}, "notes": {}, "simulated": False}, SIZES)
+            return librows.document(head, {"figures": data, "steps": {}, "notes": {}, "simulated": False, "quick": False}, SIZES)
         first = doc("2026-01-01T00:00:00Z", figures(gate_cost=3.0, link_in=50.0))
         second = doc("2026-01-01T01:00:00Z", figures(gate_cost=4.0))
         for docs in ([first, second], [second, first]):
