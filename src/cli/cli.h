@@ -48,7 +48,7 @@ struct cli_command {
 };
 
 extern const struct cli_command cli_run, cli_dump, cli_restore, cli_suspend, cli_resume, cli_ps, cli_inspect,
-    cli_check;
+    cli_check, cli_install, cli_uninstall;
 
 /* Name of the command under way, for messages: "bennu dump". */
 extern const char *cli_name;
@@ -149,6 +149,8 @@ struct cli_criu {
 int cli_criu_find(struct cli_criu *criu, struct bn_error *err);
 /* Find CRIU alone (for `check`). */
 int cli_criu_find_program(struct cli_criu *criu, struct bn_error *err);
+/* Find the machine's own CRIU, which podman and runc call: never the private copy. Without one *err stays empty. */
+int cli_criu_find_system(struct cli_criu *criu, struct bn_error *err);
 int cli_criu_plugin_present(const char *dir, struct bn_error *err);
 /* Common options of libcriu for both directions; the environment of this process is set for CRIU. */
 int cli_criu_setup(const struct cli_criu *criu, int images, int work, const char *log, struct bn_error *err);

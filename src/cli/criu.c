@@ -104,6 +104,12 @@ int cli_criu_find_program(struct cli_criu *criu, struct bn_error *err)
         "CRIU is not installed: install CRIU 4.0 or newer (package criu), or set BENNU_CRIU to its path");
 }
 
+int cli_criu_find_system(struct cli_criu *criu, struct bn_error *err)
+{
+    *criu = (struct cli_criu){0};
+    return try_search_path(criu, err);
+}
+
 int cli_criu_plugin_present(const char *dir, struct bn_error *err)
 {
     char file[PATH_MAX + 32];

@@ -10,7 +10,7 @@ import unittest
 import common
 from common import Case
 
-COMMANDS = ["run", "dump", "restore", "suspend", "resume", "ps", "inspect", "check"]
+COMMANDS = ["run", "dump", "restore", "suspend", "resume", "ps", "inspect", "check", "install", "uninstall"]
 
 
 def plain(source):

@@ -1,0 +1,251 @@
+#!/usr/bin/env python3
+"""`bennu install` and `bennu uninstall` in a root folder: what they put there, twice, over what others put there, and away again.
+
+Environment: BENNU_BUILD (meson's test environment sets it)."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+
+BUILD = os.environ["BENNU_BUILD"]
+BENNU = os.path.join(BUILD, "src/cli/bennu")
+HOOK = "/usr/share/containers/oci/hooks.d/50-bennu.json"
+CDI = "/etc/cdi/bennu.json"
+CONF = "/etc/criu/default.conf"
+PLUGIN = "/usr/lib/criu/bennu_plugin.so"
+STOCK = "/usr/lib/criu/cuda_plugin.so"
+AGENTS = "/usr/lib/bennu/agents"
+RECORD = "/var/lib/bennu/install.json"
+
+with open(os.path.join(BUILD, "meson-info/intro-buildoptions.json"), encoding="utf-8") as options:
+    OPTIONS = {option["name"]: option["value"] for option in json.load(options)}
+PREFIX = OPTIONS["prefix"]
+OUR_FOLDER = os.path.join(PREFIX, OPTIONS["libdir"], "bennu/criu")
+
+
+class Setup(unittest.TestCase):
+    def setUp(self):
+        self.root = tempfile.mkdtemp(prefix="bennu-setup.")
+        self.addCleanup(shutil.rmtree, self.root)
+
+    def bennu(self, command, *arguments, program=BENNU, code=0):
+        done = subprocess.run([program, command, "--root=" + self.root, "--json", *arguments], stdin=subprocess.DEVNULL,
+                              capture_output=True, text=True, timeout=300, check=False)
+        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
+        result = json.loads(done.stdout)
+        self.assertEqual(result["ok"], code == 0)
+        return {a["path"]: (a["action"], a["note"]) for a in result.get("actions", ())}
+
+    def write(self, path, text):
+        os.makedirs(os.path.dirname(self.root + path), exist_ok=True)
+        with open(self.root + path, "w", encoding="utf-8") as out:
+            out.write(text)
+
+    def read(self, path):
+        with open(self.root + path, encoding="utf-8") as text:
+            return text.read()
+
+    def tree(self):
+        """Every file and folder, with contents."""
+        found = {}
+        for folder, folders, names in os.walk(self.root):
+            for name in folders + names:
+                path = os.path.join(folder, name)
+                content = None
+                if os.path.islink(path):
+                    content = os.readlink(path)
+                elif os.path.isfile(path):
+                    with open(path, "rb") as file:
+                        content = (file.read(), os.stat(path).st_mode)
+                found[path[len(self.root):]] = content
+        return found
+
+    def agent(self):
+        names = os.listdir(self.root + AGENTS)
+        self.assertEqual(len(names), 1, names)
+        return f"{AGENTS}/{names[0]}/libbennu.so"
+
+    def test_what_is_there(self):
+        self.bennu("install")
+        agent = self.agent()
+        self.assertRegex(agent, r"/0\.\d+\.\d+-[0-9a-f]{16}/libbennu\.so$")
+        tree = self.tree()
+        self.assertEqual(tree[agent], (tree[f"{PREFIX}/{OPTIONS['libdir']}/bennu/agent/libbennu.so"][0], 0o100644))
+        self.assertEqual(tree[PLUGIN][0], tree[OUR_FOLDER + "/bennu_plugin.so"][0])
+        self.assertEqual(self.read(CONF).splitlines()[1:-1], ["link-remap", "ghost-limit 64M"])
+        hook = json.loads(self.read(HOOK))
+        self.assertEqual((hook["stages"], hook["when"]), (["precreate"], {"always": True}))
+        self.assertTrue(os.access(self.root + hook["hook"]["path"], os.X_OK))
+        self.assertEqual(hook["hook"]["args"][1:], ["--agent=" + agent])
+        device, = json.loads(self.read(CDI))["devices"]
+        mount, = device["containerEdits"]["mounts"]
+        self.assertEqual(mount["hostPath"], agent)
+        self.assertEqual(device["containerEdits"]["env"], ["LD_PRELOAD=" + mount["containerPath"]])
+        for path, content in tree.items():
+            self.assertFalse(re.search(r"\.bennu-new$|\.new$", path), path)
+            if isinstance(content, tuple):
+                self.assertTrue(content[1] & 0o004, path)
+            elif content is None:
+                self.assertTrue(os.stat(self.root + path).st_mode & 0o005, path)
+
+    def test_twice_is_once(self):
+        self.bennu("install")
+        before = self.tree()
+        done = self.bennu("install")
+        self.assertEqual({action for action, _ in done.values()} - {"skipped"}, {"unchanged"})
+        self.assertEqual(self.tree(), before)
+
+    def test_nothing_is_left(self):
+        for folder in ("/etc/cdi", "/usr/bin"):  # and what was there stays, though it is empty
+            os.makedirs(self.root + folder)
+        before = self.tree()
+        self.bennu("install")
+        self.bennu("install")
+        self.bennu("uninstall", "--all-versions")
+        self.assertEqual(self.tree(), before)
+        self.bennu("uninstall", "--all-versions")
+        self.assertEqual(self.tree(), before)
+
+    def test_agents_are_kept(self):
+        self.bennu("install")
+        agent = self.agent()
+        old = f"{AGENTS}/0.0.9-0123456789abcdef/libbennu.so"
+        self.write(old, "old")
+        self.assertEqual(self.bennu("install")[os.path.dirname(old)][0], "kept")
+        done = self.bennu("uninstall")
+        self.assertEqual((done[agent][0], done[old][0]), ("kept", "kept"))
+        self.assertEqual(sorted(p for p, content in self.tree().items() if content is not None), sorted([agent, old]))
+        self.bennu("uninstall", "--all-versions")
+        self.assertEqual([p for p, content in self.tree().items() if content is not None], [])
+        self.assertFalse(os.path.exists(self.root + "/usr/lib/bennu"))
+
+    def test_dry_run(self):
+        before = self.tree()
+        done = self.bennu("install", "--dry-run")
+        self.assertEqual(done[HOOK][0], "installed")
+        self.assertEqual(self.tree(), before)
+        self.bennu("install")
+        before = self.tree()
+        self.assertEqual(self.bennu("uninstall", "--dry-run", "--all-versions")[HOOK][0], "removed")
+        self.assertEqual(self.tree(), before)
+
+    def test_edited_files(self):
+        """What somebody has changed is neither overwritten nor lost, and an edited hook does not outlive its program."""
+        self.bennu("install")
+        for path in (HOOK, CDI):
+            self.write(path, "mine")
+        done = self.bennu("install")
+        for path in (HOOK, CDI):
+            self.assertEqual(done[path][0], "kept")
+            self.assertIn(path + ".new", done[path][1])
+            self.assertEqual(self.read(path), "mine")
+            json.loads(self.read(path + ".new"))
+        self.bennu("uninstall", "--all-versions")
+        files = {p: c[0] for p, c in self.tree().items() if c is not None}
+        self.assertEqual(files, {HOOK + ".saved": b"mine", CDI + ".saved": b"mine"})
+
+    def test_old_version_is_updated(self):
+        self.bennu("install")
+        record = json.loads(self.read(RECORD))
+        self.write(HOOK, "")  # as an older Bennu wrote it, which had it in its record
+        record["files"][HOOK] = "cbf29ce484222325"
+        self.write(RECORD, json.dumps(record))
+        self.write(PLUGIN, "old")
+        done = self.bennu("install")
+        self.assertEqual((done[HOOK][0], done[PLUGIN][0]), ("updated", "updated"))
+        json.loads(self.read(HOOK))
+
+    def test_configuration_of_others(self):
+        for mine in ("timeout 60\n", "# nothing\n\n", "tcp-close"):
+            with self.subTest(mine=mine):
+                self.write(CONF, mine)
+                self.bennu("install")
+                self.bennu("install")
+                text = self.read(CONF)
+                self.assertTrue(text.startswith(mine))
+                self.assertEqual(text.count("BEGIN bennu"), 1)
+                self.write(CONF, text + "evasive-devices\n")  # added behind the block
+                self.bennu("install")
+                self.bennu("uninstall")
+                self.assertEqual(self.read(CONF), mine + ("" if mine.endswith("\n") else "\n") + "evasive-devices\n")
+
+    def test_own_ghost_limit(self):
+        self.write(CONF, "ghost-limit 1G\n")
+        self.bennu("install")
+        self.assertNotIn("64M", self.read(CONF))
+
+    def test_stock_plugin(self):
+        """CRIU's own plugin stays where it is; CRIU is told to use the folder that has Bennu's alone."""
+        self.write(STOCK, "stock")
+        self.write("/usr/lib/criu/amdgpu_plugin.so", "other")
+        done = self.bennu("install")
+        self.assertEqual(done["/usr/lib/criu"][0], "kept")
+        self.assertIn("no longer loads amdgpu_plugin.so", done["/usr/lib/criu"][1])
+        self.assertFalse(os.path.exists(self.root + PLUGIN))
+        self.assertIn(f"\nlibdir {OUR_FOLDER}\n", self.read(CONF))
+        self.assertEqual(os.listdir(self.root + OUR_FOLDER), ["bennu_plugin.so"])
+        self.bennu("install")
+        os.remove(self.root + STOCK)  # gone: the usual folder again
+        self.bennu("install")
+        self.assertNotIn("libdir", self.read(CONF))
+        self.assertTrue(os.path.exists(self.root + PLUGIN))
+        self.write(STOCK, "stock")  # and there again
+        self.bennu("install")
+        self.assertFalse(os.path.exists(self.root + PLUGIN))
+        self.bennu("uninstall")
+        self.assertFalse(os.path.exists(self.root + CONF))
+        self.assertEqual(self.read(STOCK), "stock")
+
+    def test_own_plugin_folder(self):
+        self.write(CONF, "libdir /opt/criu\n")
+        os.makedirs(self.root + "/opt/criu")
+        self.bennu("install")
+        self.assertTrue(os.path.exists(self.root + "/opt/criu/bennu_plugin.so"))
+        self.assertFalse(os.path.exists(self.root + PLUGIN))
+        self.write("/opt/criu/cuda_plugin.so", "stock")
+        done = self.bennu("install")
+        self.assertEqual(done["/opt/criu"][0], "skipped")
+        self.assertIn("acts", done["/opt/criu"][1])
+        self.assertFalse(os.path.exists(self.root + "/opt/criu/bennu_plugin.so"))
+        self.bennu("uninstall")
+        self.assertEqual(self.read(CONF), "libdir /opt/criu\n")
+
+    def test_from_where_it_is_installed(self):
+        """As a package's script calls it: the programs are there, nobody's build folder is."""
+        done = subprocess.run(["meson", "install", "-C", BUILD, "--no-rebuild", "--quiet"], capture_output=True, check=False,
+                              env={**os.environ, "DESTDIR": self.root})
+        self.assertEqual(done.returncode, 0, done.stderr)
+        before = self.tree()
+        program = os.path.join(self.root + PREFIX, OPTIONS["bindir"], "bennu")
+        done = self.bennu("install", program=program)
+        self.assertEqual(done[HOOK][0], "installed")
+        done = self.bennu("uninstall", "--all-versions", program=program)
+        self.assertEqual(done[PREFIX][0], "kept")
+        self.assertEqual({p: c for p, c in self.tree().items() if c is not None},
+                         {p: c for p, c in before.items() if c is not None})
+        self.bennu("uninstall", program=program)
+
+    def test_without_programs(self):
+        """Bennu run from elsewhere for a root folder that has none of it."""
+        elsewhere = tempfile.mkdtemp(prefix="bennu-setup.")
+        self.addCleanup(shutil.rmtree, elsewhere)
+        criu = os.path.join(elsewhere, "libexec/bennu")
+        os.makedirs(os.path.join(elsewhere, "bin"))
+        os.makedirs(criu)
+        os.symlink(os.path.join(BUILD, "criu"), os.path.join(criu, "criu"))
+        program = shutil.copy(BENNU, os.path.join(elsewhere, "bin/bennu"))
+        environment = {**os.environ, "LD_LIBRARY_PATH": os.path.join(BUILD, "criu/lib")}
+        done = subprocess.run([program, "install", "--root=" + self.root], capture_output=True, text=True, check=False,
+                              env=environment)
+        self.assertEqual(done.returncode, 1, done.stdout)
+        self.assertIn("make install", done.stderr)
+        self.assertEqual([p for p, content in self.tree().items() if content is not None], [])
+
+
+if __name__ == "__main__":
+    sys.exit(unittest.main(verbosity=2))
