@@ -370,15 +370,23 @@ class Bench:
         program.status = None
         return answer
 
-    def gpu_memory_of(self, pids):
-        """Bytes of GPU memory of processes as nvidia-smi says it, or None."""
+    def gpu_memory_of(self, pids, idle):
+        """Bytes of GPU memory of processes as nvidia-smi says it; where it does not say it, those that are in use beyond `idle`. None: neither."""
         if self.simulated:
             return None
         out = self.command(["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"], ok=False)
         found = [int(used) for pid, used in re.findall(r"^\s*(\d+)\s*,\s*(\d+)", out, re.M) if int(pid) in pids]
-        if not found:
-            self.say(f"nvidia-smi names none of {pids}: {out.strip()[:200]}")
-        return sum(found) * MIB if found else None
+        if found:
+            return sum(found) * MIB
+        used = self.gpu_memory_used()
+        return None if used is None or idle is None else used - idle
+
+    def gpu_memory_used(self):
+        """Bytes in use on GPU 0, or None."""
+        if self.simulated:
+            return None
+        out = self.command(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"], ok=False).strip()
+        return int(out) * MIB if out.isdigit() else None
 
     # ---- ends ----
 

@@ -11,7 +11,7 @@ import sys
 import time
 
 import libhttp
-from libbench import GIB, MIB, PROGRAMS, ROOT, Failed, Skipped, cached_share, drop_from_cache, size_text
+from libbench import GIB, MIB, PROGRAMS, ROOT, Failed, Skipped, cached_share, drop_from_cache, size_text, tail
 from librows import LOOPS
 
 
@@ -84,8 +84,10 @@ class Steps:
     def rest(self):
         """The daemon with nothing to do, before and after it has worked."""
         t, s = self.t, self.s
+        t.stop_daemon()
+        idle = t.gpu_memory_used()
         context = t.hold(0, s["block"], agent=False)
-        gpu = t.gpu_memory_of([context.pid])
+        gpu = t.gpu_memory_of([context.pid], idle)
         context.kill()
         if gpu is not None:
             self.add("rest.context", "GPU memory of a process with a context and nothing else", gpu, "bytes")
@@ -102,7 +104,7 @@ class Steps:
         self.add("rest.cpu", "daemon at rest: CPU time of all threads", cpu, "%", note=f"over {s['rest_s']} s, after a suspend and resume")
         self.add("rest.pinned_used", f"daemon at rest, after a suspend of {s['mid_text']}: pinned host memory", pinned_bytes(t.daemon.pid),
                  "bytes", note="no configuration asks it to keep any")
-        gpu = t.gpu_memory_of(family(t.daemon.pid))
+        gpu = t.gpu_memory_of(family(t.daemon.pid), idle)
         if gpu is not None:
             self.add("rest.gpu", "daemon at rest: GPU memory", gpu, "bytes", note="nvidia-smi")
         self.add("rest.resident", "daemon at rest: resident memory of its processes", resident_bytes(t.daemon.pid), "bytes")
@@ -315,24 +317,31 @@ class Steps:
         def cold(agent):
             began = time.monotonic()
             server = t.start("llm-server", argv, agent, commands=False)
-            first, tokens = libhttp.generate(port, gone=lambda: server.poll() is not None)
+            first, tokens = first_token(server, port)
             t.say(f"cold start {'with' if agent else 'without'} the agent: first token after {first - began:.3f} s")
             return server, first - began, tokens
 
-        server, seconds, want = cold(False)
+        def colds_are():
+            self.add("llm.cold", "llm-server: cold start to first token", colds, note="Python's files in the page cache; no agent")
+
+        server, _, want = cold(False)  # reads Python's files from the disk, perhaps: not counted
         colds = []
-        for _ in range(s["slow"]):  # the one before read Python's files from the disk, perhaps: not counted
+        for _ in range(max(1, s["slow"] - 1)):
             server.kill()
             server, seconds, tokens = cold(False)
             colds.append(seconds)
-        self.add("llm.cold", "llm-server: cold start to first token", colds, note="Python's files in the page cache; no agent")
-        self.server_restores("driver", server, port, images, tokens, s["slow"], "--driver-path")
         server.kill()
+        colds_are()
         server, seconds, tokens = cold(True)
         self.add("llm.cold_agent", "llm-server under the agent: cold start to first token", seconds)
         if tokens != want:
             raise Failed(f"under the agent the server answers {tokens}, not {want}")
         self.server_restores("restored", server, port, images, want, s["rounds"])
+        server.kill()
+        server, seconds, tokens = cold(False)
+        colds.append(seconds)
+        colds_are()
+        self.server_restores("driver", server, port, images, want, s["slow"], "--driver-path")
 
     def server_restores(self, key, server, port, images, want, rounds, *options):
         """Dumps the server and restores it some times over: from the start of bennu restore to the first token."""
@@ -342,7 +351,7 @@ class Steps:
         for i in range(rounds):
             began = time.monotonic()
             b = t.restore(server, folder)
-            first, tokens = libhttp.generate(port, gone=lambda: server.poll() is not None)
+            first, tokens = first_token(server, port)
             if tokens != want:
                 raise Failed(f"after its restore the server answers {tokens}, not {want}")
             walls.append(b.wall)
@@ -371,6 +380,14 @@ def need_torch(t):
                     ok=False)
     if "True" not in out:
         raise Skipped("PyTorch and transformers are not installed")
+
+
+def first_token(server, port):
+    """(time.monotonic() of the first token, tokens), as soon as the server answers."""
+    try:
+        return libhttp.generate(port, gone=lambda: server.poll() is not None)
+    except (OSError, TimeoutError, ValueError, KeyError) as e:
+        raise Failed(f"{e}\n{tail(server.log)}") from e
 
 
 def driver_seconds(answer):

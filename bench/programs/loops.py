@@ -32,7 +32,7 @@ def make_model():
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config)
     torch.set_default_dtype(torch.float32)
-    return model.eval()
+    return model.to(torch.bfloat16).eval()
 
 
 class Loops:

@@ -20,7 +20,7 @@ def make(gigabytes):
     torch.manual_seed(1)
     while left > 0:
         n = min(left, int(1e6 * rng.choice((1, 3, 12, 27, 27, 55, 120))))
-        tensors.append(torch.randint(-2**62, 2**62, (max(n // 8, 1),), dtype=torch.int64, device="cuda"))
+        tensors.append(torch.randint(-2**61, 2**61, (max(n // 8, 1),), dtype=torch.int64, device="cuda"))
         left -= n
     return tensors
 

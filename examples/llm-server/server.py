@@ -13,6 +13,7 @@ import argparse
 import http.server
 import json
 import os
+import socketserver
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,7 +37,7 @@ def load_model(shape, device):
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(Qwen2Config(**SHAPES[shape]))
     torch.set_default_dtype(torch.float32)
-    return model.eval()
+    return model.to(torch.bfloat16).eval()
 
 
 def generate(model, tokens, count):
@@ -110,6 +111,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.flush()
 
 
+class Server(socketserver.TCPServer):
+    """One request at a time. Not http.server's own class: that one asks the name service who it is."""
+    allow_reuse_address = True
+    request_queue_size = 64
+
+
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("--port", type=int, default=8000)
@@ -119,9 +126,9 @@ def main():
     model = load_model(args.shape, args.device)
     for _ in generate(model, [1, 2, 3], 2):  # whatever is only set up when it is first used
         pass
-    with http.server.HTTPServer(("127.0.0.1", args.port), Handler) as server:
+    with Server(("127.0.0.1", args.port), Handler) as server:
         server.model = model
-        print(f"ready {server.server_port}", flush=True)
+        print(f"ready {server.server_address[1]}", flush=True)
         server.serve_forever()
 
 
