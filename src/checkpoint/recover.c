@@ -4,9 +4,11 @@
 #include "checkpoint/suspend_internal.h"
 #include "store/image_dir.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #define LOOK_MS 1000u
 #define ATTACH_MS 10000
@@ -102,6 +104,77 @@ int bn_recover_open(struct bn_env *env, struct bn_record *const *records, size_t
     *suspended = all;
     *out = s;
     return 0;
+}
+
+/* ---- host memory ---- */
+
+struct used {
+    dev_t dev;
+    ino_t ino;
+    int fd; /* borrowed */
+    uint64_t at, bytes;
+};
+
+static int by_place(const void *a, const void *b)
+{
+    const struct used *x = a, *y = b;
+    if (x->dev != y->dev)
+        return x->dev < y->dev ? -1 : 1;
+    if (x->ino != y->ino)
+        return x->ino < y->ino ? -1 : 1;
+    return x->at < y->at ? -1 : x->at > y->at;
+}
+
+/* The spans of every tree; *out is malloced. False: out of memory. */
+static bool collect(struct bn_suspended *const *trees, size_t n, struct used **out, size_t *count)
+{
+    struct used *v = NULL;
+    size_t have = 0;
+    for (size_t i = 0; i < n; i++)
+        for (size_t k = 0; trees[i] && k < trees[i]->q.targets.n; k++)
+            for (size_t p = 0; p < trees[i]->q.targets.v[k].nparts; p++) {
+                const struct bn_old_host *old = trees[i]->q.targets.v[k].parts[p].old;
+                struct stat st;
+                if (!old)
+                    continue;
+                struct used *more = reallocarray(v, have + old->n, sizeof(*v));
+                if (!more || fstat(old->fd, &st) < 0) {
+                    free(more ? more : v);
+                    return false;
+                }
+                v = more;
+                for (size_t s = 0; s < old->n; s++)
+                    v[have++] =
+                        (struct used){st.st_dev, st.st_ino, old->fd, old->spans[s].at, old->spans[s].bytes};
+            }
+    *out = v;
+    *count = have;
+    return true;
+}
+
+static void punch(int fd, uint64_t from, uint64_t to)
+{
+    if (to > from) /* what fails here costs memory and nothing else */
+        (void)!fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)from, (off_t)(to - from));
+}
+
+void bn_recover_trim(struct bn_suspended *const *trees, size_t n)
+{
+    bn_auto_free struct used *v = NULL;
+    size_t count = 0;
+    if (!collect(trees, n, &v, &count) || count == 0)
+        return;
+    qsort(v, count, sizeof(*v), by_place);
+    uint64_t end = 0;
+    for (size_t i = 0; i < count; i++) {
+        bool first = i == 0 || v[i].dev != v[i - 1].dev || v[i].ino != v[i - 1].ino;
+        bool last = i + 1 == count || v[i].dev != v[i + 1].dev || v[i].ino != v[i + 1].ino;
+        punch(v[i].fd, first ? 0 : end, v[i].at);
+        end = v[i].at + v[i].bytes;
+        struct stat st;
+        if (last && fstat(v[i].fd, &st) == 0)
+            punch(v[i].fd, end, (uint64_t)st.st_size);
+    }
 }
 
 /* ---- bringing them back ---- */

@@ -10,6 +10,9 @@
 int bn_recover_open(struct bn_env *env, struct bn_record *const *records, size_t n, struct bn_suspended **out,
                     bool *suspended, struct bn_error *err);
 
+/* Give host memory of killed daemons back to the machine, except what these trees, all there are, have in it. */
+void bn_recover_trim(struct bn_suspended *const *trees, size_t n);
+
 /* Wait, as long as it takes, until every process can run or is gone. */
 void bn_recover_wait(const struct bn_suspended *s);
 

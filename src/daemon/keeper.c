@@ -36,7 +36,7 @@ struct keeper {
     unsigned starts, deaths;
     uint64_t death_ns[DEATHS];
     bool was_up;
-    int ending; /* the signal that asked for the end, or 0 */
+    int ending; /* SIGTERM when somebody asked for the end */
 };
 
 /* ---- records ---- */
@@ -124,7 +124,7 @@ __attribute__((noreturn)) static void become_worker(struct keeper *k, int sock)
     unsetenv("NOTIFY_SOCKET"); /* the keeper speaks for both */
     if (getenv("BENNUD_TEST_KILL"))
         next_kill_point(k->starts);
-    /* SIGTERM and SIGINT stay blocked: a worker takes them when it is ready to. */
+    /* The others stay blocked: a worker takes them when it is ready to. */
     sigset_t set;
     sigemptyset(&set);
     sigaddset(&set, SIGCHLD);
@@ -237,7 +237,7 @@ static void on_signal(struct keeper *k)
         return;
     if (private(k))
         return; /* it ends with its session, which must not be left in the middle */
-    k->ending = (int)si.ssi_signo;
+    k->ending = SIGTERM;
     if (k->worker > 0)
         kill(k->worker, k->ending);
 }
@@ -296,6 +296,7 @@ int bn_keeper_run(const struct keeper_options *o)
     sigaddset(&set, SIGCHLD);
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGHUP);
     sigprocmask(SIG_BLOCK, &set, NULL);
     k.signals = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
     if (k.signals < 0) {

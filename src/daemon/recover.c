@@ -71,51 +71,78 @@ static void start(struct daemon *d, struct bn_suspended *s, struct bn_record *im
         recover(r);
 }
 
-/* Everything of one session. Its records are cleared. */
-static void recover_session(struct daemon *d, struct bn_record **targets, size_t n, struct bn_record *image)
+/* Everything of one session. */
+struct session {
+    struct bn_suspended *s;
+    struct bn_record image;
+    bool suspended;
+};
+
+/* The rest of the session that the first record belongs to is used up, too. False: it makes no sense. */
+static bool open_session(struct daemon *d, struct bn_record *records, size_t n, struct bn_record **targets,
+                         struct session *out)
 {
-    struct bn_suspended *s = NULL;
+    struct bn_record_head first, other;
     struct bn_error err = BN_ERROR_INIT;
-    bool suspended = false;
-    int r = n > 0 ? bn_recover_open(&d->env, targets, n, &s, &suspended, &err) : 0;
+    size_t found = 0;
+    bn_record_head(&records[0], &first);
+    for (size_t i = 0; i < n; i++) {
+        if (bn_record_head(&records[i], &other) < 0 || other.session != first.session)
+            continue;
+        if (records[i].kind == BN_RECORD_TARGET) {
+            targets[found++] = &records[i];
+        } else {
+            out->image = records[i];
+            records[i] = (struct bn_record){0};
+        }
+    }
+    int r = found > 0 ? bn_recover_open(&d->env, targets, found, &out->s, &out->suspended, &err) : 0;
     if (r < 0)
         fprintf(stderr, "bennud: %s\n", err.text);
-    if (s && suspended && bn_keep_suspended(d, s) == 0)
+    for (size_t i = 0; i < found; i++)
+        bn_record_clear(targets[i]);
+    return r == 0;
+}
+
+static void put_right(struct daemon *d, struct session *session)
+{
+    struct bn_suspended *s = session->s;
+    if (s && session->suspended && bn_keep_suspended(d, s) == 0)
         fprintf(stderr, "bennud: process %d is still suspended\n", bn_suspended_root(s));
     else if (s)
-        start(d, s, image);
-    settle_image(d, image, true);
-    bn_record_clear(image);
-    for (size_t i = 0; i < n; i++)
-        bn_record_clear(targets[i]);
+        start(d, s, &session->image);
+    settle_image(d, &session->image, true);
+    bn_record_clear(&session->image);
 }
 
 void bn_daemon_recover(struct daemon *d, struct bn_record *records, size_t n)
 {
     bn_auto_free struct bn_record **targets = calloc(n ? n : 1, sizeof(*targets));
-    if (!targets)
+    bn_auto_free struct session *sessions = calloc(n ? n : 1, sizeof(*sessions));
+    bn_auto_free struct bn_suspended **trees = calloc(n ? n : 1, sizeof(*trees));
+    if (!targets || !sessions || !trees)
         return; /* the keeper has them still */
     for (size_t i = 0; i < n; i++)
         if (records[i].kind == BN_RECORD_IMAGE)
             settle_image(d, &records[i], false);
+    size_t count = 0;
+    bool all = true;
     for (size_t i = 0; i < n; i++) {
-        struct bn_record_head first, other;
-        struct bn_record image = {0};
-        size_t found = 0;
-        if (bn_record_head(&records[i], &first) < 0)
-            continue; /* used up, or nonsense */
-        for (size_t k = i; k < n; k++) {
-            if (bn_record_head(&records[k], &other) < 0 || other.session != first.session)
-                continue;
-            if (records[k].kind == BN_RECORD_TARGET) {
-                targets[found++] = &records[k];
-            } else {
-                image = records[k];
-                records[k] = (struct bn_record){0};
-            }
+        struct bn_record_head head;
+        if (records[i].bytes == NULL) /* used up */
+            continue;
+        if (bn_record_head(&records[i], &head) < 0) {
+            all = false;
+            continue;
         }
-        recover_session(d, targets, found, &image);
+        all = open_session(d, &records[i], n - i, targets, &sessions[count]) && all;
+        trees[count] = sessions[count].s;
+        count++;
     }
+    if (all)
+        bn_recover_trim(trees, count);
+    for (size_t i = 0; i < count; i++)
+        put_right(d, &sessions[i]);
     for (size_t i = 0; i < n; i++)
         bn_record_clear(&records[i]);
 }
