@@ -275,13 +275,42 @@ static CUresult unmap_segment(struct bn_seg *seg)
     return CUDA_SUCCESS;
 }
 
+/* Handles that the driver did not release. While one of them is held, a checkpoint of this process could be made but never be
+ * restored: no later eviction succeeds before they are gone. */
+#define STUCK_MAX 64
+static CUmemGenericAllocationHandle stuck[STUCK_MAX];
+static size_t stuck_count; /* above STUCK_MAX: some are not known any more */
+
+static CUresult release(CUmemGenericAllocationHandle handle)
+{
+    CUresult r = bn_real.cuMemRelease(handle);
+    if (r == CUDA_SUCCESS)
+        return r;
+    if (stuck_count < STUCK_MAX)
+        stuck[stuck_count] = handle;
+    stuck_count++;
+    return r;
+}
+
+static CUresult release_stuck(void)
+{
+    if (stuck_count > STUCK_MAX)
+        return CUDA_ERROR_UNKNOWN;
+    for (; stuck_count > 0; stuck_count--) {
+        CUresult r = bn_real.cuMemRelease(stuck[stuck_count - 1]);
+        if (r != CUDA_SUCCESS)
+            return r;
+    }
+    return CUDA_SUCCESS;
+}
+
 int bn_evict_evict(struct bn_answer *a)
 {
     if (state != BN_AGENT_CLOSED)
         return bn_answer_fail(a, EINVAL, 0, "its gate is not closed with its memory in place");
     BN_LOCKED();
     bn_ctx_borrow();
-    CUresult r = CUDA_SUCCESS;
+    CUresult r = release_stuck();
     size_t i;
     for (i = 0; i < order_count && r == CUDA_SUCCESS; i++)
         r = unmap_segment(order[i]);
@@ -298,7 +327,8 @@ int bn_evict_evict(struct bn_answer *a)
     }
     for (i = 0; i < order_count; i++) {
         struct bn_seg *seg = order[i];
-        bn_real.cuMemRelease(seg->real);
+        CUresult one = release(seg->real);
+        r = r == CUDA_SUCCESS ? one : r;
         seg->real = 0;
         seg->present = false;
         bn_kept_close(&seg->kept);
@@ -309,6 +339,8 @@ int bn_evict_evict(struct bn_answer *a)
     __atomic_fetch_add(&bn_agent_page()->epoch, 1, __ATOMIC_RELAXED);
     set_state(BN_AGENT_EVICTED);
     bn_purge_note();
+    if (r != CUDA_SUCCESS) /* evicted all the same: whoever holds the memory has to give it back */
+        return bn_answer_fail(a, EIO, r, "the driver does not release its GPU memory: %s", cuda_text(r));
     return 0;
 }
 
@@ -436,6 +468,7 @@ int bn_evict_import(const struct bn_agent_segment *segs, unsigned n, const int *
 
 void bn_evict_after_fork(void)
 {
+    stuck_count = 0;
     drop_order();
     state = BN_AGENT_ACTIVE;
 }

@@ -189,8 +189,9 @@ int bn_target_evict(struct bn_target *t, struct bn_error *err)
     if (!t->agent)
         return 0;
     int r = bn_agent_evict(t->agent, err);
-    if (r == 0)
-        t->evicted = true;
+    struct bn_agent_page page;
+    if (r == 0 || (bn_agent_page(t->agent, &page) == 0 && page.state == BN_AGENT_EVICTED))
+        t->evicted = true; /* after a failure as well, when only the handles could not be let go */
     return r;
 }
 
