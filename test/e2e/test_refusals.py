@@ -257,7 +257,7 @@ class Images(Refusal):
                 self.image_refused(5, packs[0], inspect=5)
         with self.changed(packs[0]) as path:
             os.unlink(path)
-            self.image_refused(5, packs[0], inspect=5)
+            self.image_refused(5, "bennu-pack", inspect=5)
         length = os.path.getsize(self.path("ck", MANIFEST))
         for at in (0, 40, length // 2, length - 1):
             with self.changed(MANIFEST) as path:
