@@ -7,7 +7,10 @@
 #include <ctype.h>
 #include <fcntl.h>
 #include <string.h>
+#include <sys/utsname.h>
 #include <sys/wait.h>
+
+#define SOCKETS_VERSION 40200 /* 4.2 */
 
 /* The last line that says something, in place. */
 static char *last_line(char *text)
@@ -128,6 +131,16 @@ static void check_system_folder(void)
                   "none: podman and plain criu save no GPU memory; bennu's own commands do");
 }
 
+/* Since 6.16 the kernel tells SO_PASSCRED and SO_PASSSEC of Unix sockets only; CRIU before 4.2 takes that for a failure
+ * ("Can't get 1:16 opt: Operation not supported"). */
+static bool kernel_hides_passcred(void)
+{
+    struct utsname name;
+    unsigned major = 0, minor = 0;
+    return uname(&name) == 0 && sscanf(name.release, "%u.%u", &major, &minor) == 2 &&
+           (major > 6 || (major == 6 && minor >= 16));
+}
+
 void check_criu(void)
 {
     struct cli_criu criu;
@@ -137,7 +150,12 @@ void check_criu(void)
     } else {
         char version[24];
         cli_version_text(criu.version, version);
-        check_add(CHECK_OK, "criu", "", "%s at %s", version, criu.path);
+        if (criu.version < SOCKETS_VERSION && kernel_hides_passcred())
+            check_add(CHECK_WARN, "criu", "install CRIU 4.2 or newer",
+                      "%s at %s cannot dump programs with network sockets on this kernel", version,
+                      criu.path);
+        else
+            check_add(CHECK_OK, "criu", "", "%s at %s", version, criu.path);
         check_criu_itself(&criu);
     }
     check_plugin_folder();
