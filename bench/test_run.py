@@ -133,7 +133,10 @@ class Run(unittest.TestCase):
             self.assertGreater(values["resume 64 MiB, host tier: rate / pinned bandwidth"], 0)
 
     def test_wrong_usage(self):
-        self.run_bench("--build", os.environ["BENNU_BUILD"], "--simulated", "--only", "nonsense", "--state", "/tmp/bennu-test-bench-state", status=1)
+        with tempfile.TemporaryDirectory(prefix="bennu-test-bench.") as folder:
+            self.run_bench("--build", os.environ["BENNU_BUILD"], "--simulated", "--only", "nonsense", "--state", f"{folder}/state", "--out",
+                           f"{folder}/out", "--images", folder, status=1)
+            self.assertFalse(list(pathlib.Path(folder).glob("bennu-bench.*")), "the working folder is left")
 
 
 if __name__ == "__main__":
