@@ -7,7 +7,7 @@ MESON_ARGS ?=
 
 export BUILD PREFIX JOBS
 
-.PHONY: all setup demo check unit integration bench sanitize format format-check fuzz install uninstall clean help
+.PHONY: all setup demo check unit integration bench sanitize format format-check fuzz install uninstall deb clean help
 
 all:
 	@scripts/setup build
@@ -24,6 +24,7 @@ help:
 	@echo 'make bench        measure, on a GPU if there is one, into bench/results/ (root; BENCH_ARGS="--only ...")'
 	@echo 'make format       lay the sources out with clang-format 14      make format-check'
 	@echo 'make install      DESTDIR= PREFIX=$(PREFIX)'
+	@echo 'make deb          a Debian package, in build-deb/'
 
 setup:
 	@scripts/setup check
@@ -69,7 +70,10 @@ install: all
 uninstall:
 	@ninja -C $(BUILD) uninstall
 
+deb:
+	@packaging/deb/build
+
 # Keeps the private CRIU and the set-up's stamp: they are slow to get and do not depend on the sources.
 clean:
 	@[ ! -e $(BUILD)/build.ninja ] || ninja -C $(BUILD) -t clean
-	@rm -rf build-asan build-tsan build-fuzz
+	@rm -rf build-asan build-tsan build-fuzz build-deb
