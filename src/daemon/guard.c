@@ -147,6 +147,15 @@ int bn_guard_open(int sock, struct bn_guard **out, struct bn_record **records, s
     return 0;
 }
 
+void bn_guard_free(struct bn_guard *ops)
+{
+    if (!ops)
+        return;
+    bn_close(of(ops)->sock);
+    pthread_mutex_destroy(&of(ops)->lock);
+    free(of(ops));
+}
+
 void bn_guard_up(struct bn_guard *g)
 {
     keeper_send(of(g)->sock, KEEPER_UP, 0, 0);

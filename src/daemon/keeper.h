@@ -72,6 +72,7 @@ int bn_keeper_run(const struct keeper_options *o);
 /* sock is taken over. Reads the records of earlier workers; *records is malloced, the caller clears them. */
 int bn_guard_open(int sock, struct bn_guard **out, struct bn_record **records, size_t *n,
                   struct bn_error *err);
+void bn_guard_free(struct bn_guard *g);
 /* The worker is ready to serve. */
 void bn_guard_up(struct bn_guard *g);
 /* To watch for the keeper's end. */

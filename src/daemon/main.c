@@ -347,6 +347,13 @@ static int prepare(struct daemon *d, const struct options *o, struct bn_error *e
     return r;
 }
 
+static void finish(struct daemon *d)
+{
+    struct bn_guard *guard = d->env.guard;
+    bn_daemon_close_gpu(d);
+    bn_guard_free(guard);
+}
+
 /* For one connection; or, when its first worker was killed, to put that right. */
 static int serve_private(struct daemon *d, const struct options *o)
 {
@@ -363,7 +370,7 @@ static int serve_private(struct daemon *d, const struct options *o)
         pthread_cond_wait(&d->clients_changed, &d->lock);
     pthread_mutex_unlock(&d->lock);
     bn_resume_all(d);
-    bn_daemon_close_gpu(d);
+    finish(d);
     return 0;
 }
 
@@ -377,7 +384,7 @@ static int serve_all(struct daemon *d, const struct options *o)
         fprintf(stderr, "bennud: %s\n", err.text);
     wait_for_clients(d);
     if (d->clients == 0)
-        bn_daemon_close_gpu(d);
+        finish(d);
     return r < 0;
 }
 
