@@ -15,6 +15,7 @@ struct bn_report {
     struct bn_phases phases;
     struct bn_progress progress;
     bool finished;
+    unsigned woken; /* calls of bn_report_wake */
     struct bn_error err;
 };
 
@@ -128,7 +129,8 @@ bool bn_report_wait(struct bn_report *r, unsigned timeout_ms, struct bn_progress
         until.tv_nsec -= 1000000000;
     }
     pthread_mutex_lock(&r->lock);
-    while (!r->finished && pthread_cond_timedwait(&r->ended, &r->lock, &until) == 0)
+    unsigned woken = r->woken;
+    while (!r->finished && woken == r->woken && pthread_cond_timedwait(&r->ended, &r->lock, &until) == 0)
         ;
     bool finished = r->finished;
     if (progress)
@@ -137,4 +139,12 @@ bool bn_report_wait(struct bn_report *r, unsigned timeout_ms, struct bn_progress
         *err = r->err;
     pthread_mutex_unlock(&r->lock);
     return finished;
+}
+
+void bn_report_wake(struct bn_report *r)
+{
+    pthread_mutex_lock(&r->lock);
+    r->woken++;
+    pthread_cond_broadcast(&r->ended);
+    pthread_mutex_unlock(&r->lock);
 }

@@ -30,6 +30,9 @@ void bn_report_finish(struct bn_report *r, const struct bn_error *err);
 
 void bn_report_phases(struct bn_report *r, struct bn_phases *out);
 
+/* Make those in bn_report_wait return now. */
+void bn_report_wake(struct bn_report *r);
+
 /* Wait up to timeout_ms for the end; true when it has come, and then *err is its outcome. *progress is how far it is now. */
 bool bn_report_wait(struct bn_report *r, unsigned timeout_ms, struct bn_progress *progress,
                     struct bn_error *err);

@@ -93,6 +93,7 @@ static void pump_start(struct pump *p, struct client *c, struct bn_report *repor
 static void pump_stop(struct pump *p)
 {
     __atomic_store_n(&p->stop, true, __ATOMIC_RELEASE);
+    bn_report_wake(p->report);
     if (p->started)
         pthread_join(p->thread, NULL);
 }
