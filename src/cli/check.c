@@ -258,6 +258,7 @@ static int check(int argc, char **argv)
     check_permissions();
     check_ptrace_scope();
     check_criu();
+    check_container();
     check_gpu();
     check_room();
     if (json)

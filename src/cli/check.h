@@ -13,3 +13,4 @@ void check_add(enum check_level level, const char *name, const char *todo, const
 void check_kernel(void); /* check.c */
 void check_criu(void);   /* check_criu.c: CRIU, its own check, plugins */
 void check_gpu(void);    /* check_gpu.c: driver, agent, MPS, daemon */
+void check_container(void); /* check_container.c: the hook that gives containers the agent */

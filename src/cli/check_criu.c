@@ -115,20 +115,30 @@ static void check_system_folder(void)
     bool ours = *dir && access(file, F_OK) == 0;
     snprintf(file, sizeof(file), "%s/cuda_plugin.so", dir);
     bool stock = *dir && access(file, F_OK) == 0;
+    struct cli_criu criu;
+    struct bn_error err = BN_ERROR_INIT;
+    bool too_old = ours && cli_criu_find_system(&criu, &err) < 0 && bn_error_is_set(&err);
     const char *from = configured ? " (/etc/criu/default.conf)" : "";
-    if (ours && stock)
+    if (too_old)
         check_add(CHECK_FAIL, "system plugins",
-                  "take cuda_plugin.so away: it hides Bennu's from podman and criu",
+                  "with Bennu's plugin it fails at every checkpoint: run 'bennu install' again", "%s%s: %s",
+                  dir, from, err.text);
+    else if (ours && stock)
+        check_add(CHECK_FAIL, "system plugins",
+                  "run 'bennu install', which chooses one: cuda_plugin.so hides Bennu's from podman and criu",
                   "%s%s holds both plugins", dir, from);
     else if (stock)
-        check_add(CHECK_WARN, "system plugins",
-                  "podman and plain criu use that one; bennu's own commands do not",
-                  "%s%s holds CRIU's own cuda_plugin.so", dir, from);
+        check_add(
+            CHECK_WARN, "system plugins",
+            "podman and plain criu use that one, bennu's own commands do not; 'bennu install' changes that",
+            "%s%s holds CRIU's own cuda_plugin.so", dir, from);
     else if (ours)
         check_add(CHECK_OK, "system plugins", "", "%s%s: podman and plain criu use Bennu's, too", dir, from);
     else
-        check_add(CHECK_OK, "system plugins", "",
-                  "none: podman and plain criu save no GPU memory; bennu's own commands do");
+        check_add(
+            CHECK_OK, "system plugins", "",
+            "none: podman and plain criu save no GPU memory, bennu's own commands do; 'bennu install' puts "
+            "Bennu's there");
 }
 
 /* Since 6.16 the kernel tells SO_PASSCRED and SO_PASSSEC of Unix sockets only; CRIU before 4.2 takes that for a failure

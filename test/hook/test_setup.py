@@ -247,5 +247,95 @@ class Setup(unittest.TestCase):
         self.assertEqual([p for p, content in self.tree().items() if content is not None], [])
 
 
+@unittest.skipUnless(os.geteuid() == 0, "needs root")
+class Machine(unittest.TestCase):
+    """Without --root, in a copy-on-write copy of this machine."""
+
+    def setUp(self):
+        self.top = tempfile.mkdtemp(prefix="bennu-machine.")
+        self.addCleanup(shutil.rmtree, self.top)
+
+    def run_in_copy(self, script):
+        """`script` is run by sh with $BENNU; a `criu` of version $1 can be made by `criu VERSION`."""
+        setup = f"""
+            set -e
+            mount -t tmpfs tmpfs {self.top}
+            mkdir {self.top}/upper {self.top}/work {self.top}/root
+            mount -t overlay overlay -o lowerdir=/,upperdir={self.top}/upper,workdir={self.top}/work {self.top}/root || exit 77
+            mkdir -p {self.top}/root{BUILD}
+            for folder in /proc /dev {BUILD}; do mount --rbind $folder {self.top}/root$folder; done
+            exec chroot {self.top}/root sh -ec "$1"
+        """
+        script = f"""
+            BENNU={BENNU}
+            rm -rf /run/systemd/system /usr/lib/criu /etc/criu
+            criu() {{ printf '#!/bin/sh\necho Version: %s\n' $1 >/usr/local/sbin/criu; chmod 755 /usr/local/sbin/criu; }}
+            {script}
+        """
+        done = subprocess.run(["unshare", "-m", "--propagation=private", "sh", "-c", setup, "sh", script], capture_output=True, text=True,
+                              stdin=subprocess.DEVNULL, timeout=300, check=False)
+        if done.returncode == 77:
+            self.skipTest("no overlay of this machine's root folder can be mounted")
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        return done.stdout
+
+    def test_old_criu_gets_no_plugin(self):
+        """It would fail at every checkpoint; and when it comes later, the plugin goes."""
+        said = self.run_in_copy(f"""
+            criu 3.17
+            $BENNU install
+            ! [ -e {PLUGIN} ] && ! [ -e {CONF} ] && [ -e {HOOK} ]
+            criu 4.1.1
+            $BENNU install
+            [ -e {PLUGIN} ] && [ -e {CONF} ]
+            criu 3.19
+            $BENNU check | grep 'system plugins' || true
+            $BENNU install
+            ! [ -e {PLUGIN} ] && ! [ -e {CONF} ]
+        """)
+        self.assertRegex(said, r"skipped +/etc/criu/default.conf \(CRIU at \S+ is version 3.17")
+        self.assertRegex(said, r"\[fail\] system plugins .*version 3.19.*bennu install")
+
+    def test_systemd(self):
+        """systemd here is a script that writes down what it is told."""
+        said = self.run_in_copy("""
+            criu 4.1.1
+            mkdir -p /run/systemd/system
+            printf '#!/bin/sh\\necho "$@" >>/told\\n' >/usr/local/bin/systemctl
+            chmod 755 /usr/local/bin/systemctl
+            export PATH=/usr/local/bin:$PATH
+            $BENNU install --no-start && ! [ -e /told ]
+            $BENNU install
+            $BENNU uninstall --no-stop
+            cat /told; rm /told
+            $BENNU install && rm /told
+            $BENNU uninstall
+            cat /told
+            printf '#!/bin/sh\\necho no bus; exit 1\\n' >/usr/local/bin/systemctl
+            ! $BENNU install
+        """)
+        told = [line for line in said.splitlines() if line.startswith(("daemon-reload", "enable ", "disable "))]
+        self.assertEqual(told, ["daemon-reload", "enable --now bennud.socket", "disable --now bennud.socket bennud.service"])
+        self.assertRegex(said, r"failed +bennud.socket \(no bus")
+
+    def test_check(self):
+        """What `bennu check` says of the container hook, at each stage."""
+        said = self.run_in_copy("""
+            check() { $BENNU check | grep 'container hook' || true; }
+            criu 4.1.1
+            check
+            $BENNU install
+            check
+            rm -r /usr/lib/bennu/agents/*
+            check
+            rm /usr/local/libexec/bennu/bennu-oci-hook || rm /usr/libexec/bennu/bennu-oci-hook
+            check
+            $BENNU uninstall
+        """)
+        lines = [line for line in said.splitlines() if "container hook" in line]
+        for line, want in zip(lines, (r"^\[ok\].*none", r"^\[ok\].*/libbennu.so \(1 versions", r"^\[fail\].*missing", r"^\[fail\].*cannot be run"), strict=True):
+            self.assertRegex(line, want)
+
+
 if __name__ == "__main__":
     sys.exit(unittest.main(verbosity=2))
