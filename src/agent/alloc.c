@@ -267,6 +267,36 @@ CUresult bn_wrap_cuMemFree_v2(CUdeviceptr dptr)
     return r;
 }
 
+/* Memory of cuMemAlloc may be freed in the order of a stream. Ours is freed when the stream has come that far: later than asked
+ * for is always right. */
+static CUresult free_async(CUdeviceptr dptr, CUstream stream, CUresult (*wait)(CUstream),
+                           CUresult (*real)(CUdeviceptr, CUstream))
+{
+    struct bn_alloc a;
+    if (!claim(dptr, &a))
+        return real(dptr, stream);
+    CUresult r = a.seg ? wait(stream) : real(dptr, stream);
+    if (r != CUDA_SUCCESS)
+        unclaim(dptr, &a);
+    else if (a.seg)
+        r = free_converted(dptr, &a);
+    else
+        bn_page_add(&bn_agent_page()->native_bytes, -(int64_t)a.bytes);
+    return r;
+}
+
+CUresult bn_wrap_cuMemFreeAsync(CUdeviceptr dptr, CUstream hStream)
+{
+    BN_GATED();
+    return free_async(dptr, hStream, bn_real.cuStreamSynchronize, bn_real.cuMemFreeAsync);
+}
+
+CUresult bn_wrap_cuMemFreeAsync_ptsz(CUdeviceptr dptr, CUstream hStream)
+{
+    BN_GATED();
+    return free_async(dptr, hStream, bn_real.cuStreamSynchronize_ptsz, bn_real.cuMemFreeAsync_ptsz);
+}
+
 /* ---- asking ---------------------------------------------------------------------------------------- */
 
 /* The converted allocation that holds p, copied; its address in *base. */
@@ -311,6 +341,7 @@ static bool attribute_of(const struct bn_alloc *a, CUdeviceptr base, CUpointer_a
     case CU_POINTER_ATTRIBUTE_RANGE_SIZE: *(size_t *)data = a->bytes; return true;
     case CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES: *(uint64_t *)data = 0; return true;
     case CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE: *(CUmemoryPool *)data = NULL; return true;
+    case CU_POINTER_ATTRIBUTE_SYNC_MEMOPS: *(uint8_t *)data = a->sync_memops; return true;
     /* The driver wrote 0, in as many bytes as it likes. */
     case CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE: *(uint8_t *)data = !a->opens; return true;
     default: return false;
@@ -323,6 +354,7 @@ static bool attribute_differs(CUpointer_attribute attribute)
            attribute == CU_POINTER_ATTRIBUTE_RANGE_SIZE ||
            attribute == CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES ||
            attribute == CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE ||
+           attribute == CU_POINTER_ATTRIBUTE_SYNC_MEMOPS ||
            attribute == CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE;
 }
 
@@ -359,4 +391,22 @@ CUresult bn_wrap_cuPointerGetAttributes(unsigned int numAttributes, CUpointer_at
         if (data[i])
             attribute_of(&a, base, attributes[i], data[i]);
     return r;
+}
+
+/* The driver refuses the one attribute that can be set for VMM memory. It makes copies of that memory synchronous, for the sake of
+ * devices that read it behind the driver's back; a program that is told no gives up on such a device altogether. */
+CUresult bn_wrap_cuPointerSetAttribute(const void *value, CUpointer_attribute attribute, CUdeviceptr ptr)
+{
+    BN_GATED();
+    struct bn_alloc a;
+    CUdeviceptr base;
+    CUresult r = bn_real.cuPointerSetAttribute(value, attribute, ptr);
+    if (r != CUDA_ERROR_NOT_SUPPORTED || attribute != CU_POINTER_ATTRIBUTE_SYNC_MEMOPS || !value ||
+        !converted_at(ptr, &a, &base))
+        return r;
+    BN_LOCKED();
+    struct bn_alloc *live = bn_alloc_at_locked(ptr);
+    if (live)
+        live->sync_memops = *(const unsigned *)value != 0;
+    return CUDA_SUCCESS;
 }
