@@ -426,14 +426,19 @@ def generate_arguments(t, tokens, ballast, at_least_ms=0):
 
 
 def generate_reference(t, tokens, ballast):
-    """An undisturbed run, without anything of ours. Kept for those that follow."""
+    """An undisturbed run, without anything of ours. Kept for those that follow. A second one, slower and without ballast, must
+    agree with it: otherwise the program itself does not repeat, and comparing says nothing."""
     began = time.monotonic()
     program = t.start("generate-reference", generate_arguments(t, tokens, ballast), agent=False)
     program.wait_for(lambda s: "ready" in s, "the model", 200)
     ready = time.monotonic()
     t.row("generate/cold start to model ready", ready - began, "s")
     status = program.wait_end(300)
+    again = t.start("generate-again", generate_arguments(t, tokens, 0, 10), agent=False)
     t.reference = program.text()
+    if again.wait_end(300) != 0 or tokens_of(again.text()) != tokens_of(t.reference):
+        t.reference = None
+        raise Failed(f"two undisturbed runs of the program differ\n{tail(again.log)}")
     if status != 0 or len(tokens_of(t.reference)) != tokens:
         raise Failed(f"it ended with {status}\n{tail(program.log)}")
     t.row("generate/token, no agent", (time.monotonic() - ready) / tokens, "s")
