@@ -69,7 +69,7 @@ def expected():
         files[os.path.join(LIBDIR, "bennu/criu/bennu_plugin.so")] = ""
     for command in COMMANDS:
         files[os.path.join(MANDIR, f"man1/bennu-{command}.1")] = ""
-    for document in ("LICENSE", "NEWS", "README.md", "ARCHITECTURE.md", "image-format.md", "COPYING.plugin"):
+    for document in ("LICENSE", "NEWS", "README.md", "ARCHITECTURE.md", "containers.md", "image-format.md", "COPYING.plugin"):
         files[os.path.join(DATADIR, "doc/bennu", document)] = ""
     root = criu_root()
     if root:
