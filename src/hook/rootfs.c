@@ -71,15 +71,28 @@ static unsigned major_of(const char *name)
     return v >= 100 && v < 100000 ? (unsigned)v : 0;
 }
 
-unsigned bn_rootfs_compat_driver(int root)
+static unsigned highest_driver(int root, const char *folder)
 {
     unsigned highest = 0;
-    int fd = open_inside(root, "/usr/local/cuda/compat", O_RDONLY | O_DIRECTORY);
+    int fd = open_inside(root, folder, O_RDONLY | O_DIRECTORY);
     bn_auto_dir DIR *d = fd >= 0 ? fdopendir(fd) : NULL;
     if (!d)
         bn_close(fd);
     for (struct dirent *e = d ? readdir(d) : NULL; e; e = readdir(d)) {
         unsigned major = major_of(e->d_name);
+        if (major > highest)
+            highest = major;
+    }
+    return highest;
+}
+
+unsigned bn_rootfs_compat_driver(int root)
+{
+    /* Of CUDA's packages, and of the images of NVIDIA's catalogue, whose entrypoint makes a link to the second. */
+    static const char *const folders[] = {"/usr/local/cuda/compat", "/usr/local/cuda/compat/lib.real"};
+    unsigned highest = 0;
+    for (size_t i = 0; i < sizeof(folders) / sizeof(folders[0]); i++) {
+        unsigned major = highest_driver(root, folders[i]);
         if (major > highest)
             highest = major;
     }
