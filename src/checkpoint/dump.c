@@ -71,6 +71,10 @@ static int start_writing(struct bn_quiesce *q, struct bn_error *err)
     for (size_t i = 0; i < q->targets.n; i++)
         parts += q->targets.v[i].nparts;
     int r = bn_describe(q, &d->manifest, err);
+    /* Container runtimes name one directory again and again (a checkpoint that leaves the container running, one that was kept
+     * after a restore), and CRIU writes over its files there: the checkpoint that was in it is lost anyway. */
+    if (r == 0)
+        r = bn_image_remove(d->dirfd, err);
     if (r == 0)
         r = bn_store_check_space(d->dirfd, bn_manifest_bytes(d->manifest), err);
     if (r == 0)
@@ -124,9 +128,6 @@ void bn_dump_abort(struct bn_dump *d)
 int bn_dump_begin(struct bn_env *env, pid_t root, unsigned flags, int dirfd, struct bn_report *report,
                   struct bn_dump **out, struct bn_error *err)
 {
-    if (bn_image_present(dirfd) > 0)
-        return bn_error_set(err, EEXIST, "check",
-                            "the directory holds a checkpoint already: choose an empty one");
     struct bn_dump *d = calloc(1, sizeof(*d));
     if (!d)
         return bn_error_set(err, ENOMEM, "dump", "out of memory");

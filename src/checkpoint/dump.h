@@ -19,7 +19,7 @@ struct bn_dump;
                          * its hashes, not prevented. */
 
 /* On failure everything is undone and nothing is left in the directory. dirfd is duplicated. A tree without CUDA is no failure: *out is
- * then NULL. -EEXIST: the directory holds a checkpoint already; -ENOSPC: it has not room for the memory. */
+ * then NULL. A checkpoint that the directory holds already is replaced. -ENOSPC: it has not room for the memory. */
 int bn_dump_begin(struct bn_env *env, pid_t root, unsigned flags, int dirfd, struct bn_report *report,
                   struct bn_dump **out, struct bn_error *err);
 
