@@ -1,0 +1,493 @@
+#!/usr/bin/env python3
+"""podman container checkpoint and restore of containers that use a GPU. See run and harness.py."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import unittest
+
+import harness
+from harness import LIBS, MANIFEST, PATIENCE, SMALL, STORAGE, Case, agents_in, call, has_sys_resource, processes_with, text_of, wait_for
+
+
+class Cycle(Case):
+    def test_again_and_again(self):
+        c = self.container().run()
+        self.assertTrue(agents_in(c.pid))
+        for _ in range(3):
+            c.checkpoint()
+            self.assertTrue(os.path.exists(f"{c.checkpoint_dir}/{MANIFEST}"))
+            c.restore()
+            self.assertFalse(os.path.exists(c.checkpoint_dir))
+            self.assertTrue(agents_in(c.pid))
+
+    def test_distributions_criu(self):
+        """No network connection, thus no newer CRIU on any kernel."""
+        c = self.container(kinds=["gpu"]).run(command=["/memcheck", *SMALL])
+        for _ in range(2):
+            c.checkpoint()
+            self.assertEqual(len(self.manifest(c.checkpoint_dir)["processes"]), 1)
+            c.restore()
+
+    def test_tree_of_processes(self):
+        c = self.container().run(command=["/talk", "/memcheck", *SMALL, "--children=2"])
+        c.checkpoint()
+        self.assertEqual(len(self.manifest(c.checkpoint_dir)["processes"]), 3)
+        c.restore()
+
+    def test_driver_at_its_short_name(self):
+        c = self.container().run(image="glibc-bare", device="direct")
+        self.assertTrue(agents_in(c.pid))
+        c.checkpoint()
+        c.restore()
+
+    def test_two_at_once(self):
+        a, b = self.container("a").run(), self.container("b").run()
+        self.both(lambda c: c.checkpoint(), a, b)
+        self.both(lambda c: c.restore(), a, b)
+        a.checkpoint()
+        b.go_on()
+        a.restore()
+
+    def test_gpu_and_plain_at_once(self):
+        a, b = self.container("a").run(), self.container("b", kinds=["talk"]).run(device=None, command=["/talk"])
+        self.both(lambda c: c.checkpoint(), a, b)
+        self.assertFalse(os.path.exists(f"{b.checkpoint_dir}/{MANIFEST}"))
+        self.both(lambda c: c.restore(), a, b)
+
+    def both(self, work, *containers):
+        failures = []
+
+        def one(c):
+            try:
+                work(c)
+            except BaseException as e:
+                failures.append(e)
+        threads = [threading.Thread(target=one, args=(c,)) for c in containers]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        if failures:
+            raise failures[0]
+
+
+class Options(Case):
+    def test_leave_running(self):
+        c = self.container().run()
+        c.checkpoint("--leave-running")
+        c.go_on()
+        c.checkpoint("--leave-running")
+        c.go_on()
+        c.checkpoint()
+        c.restore()
+
+    def test_keep(self):
+        c = self.container().run()
+        c.checkpoint("--keep")
+        self.assertIn("Dumping finished successfully", text_of(f"{c.bundle}/dump.log"))
+        c.restore("--keep")
+        self.assertTrue(os.path.exists(f"{c.checkpoint_dir}/{MANIFEST}"))
+        c.kill()
+        c.backs += 1
+        c.restore()
+        self.assertFalse(os.path.exists(c.checkpoint_dir))
+
+    def test_file_locks(self):
+        c = self.container().run(command=["/talk", "--lock", "/tmp/lock", "--file", "/tmp/file", "/memcheck", *SMALL])
+        self.assertNotEqual(c.podman_says("container", "checkpoint", "--tcp-established", c.name).returncode, 0)
+        c.go_on()
+        c.checkpoint("--file-locks")
+        c.restore("--file-locks")
+
+    def test_print_stats(self):
+        c = self.container().run()
+        stats = json.loads(c.checkpoint("--print-stats"))["container_statistics"][0]
+        self.assertGreater(stats["criu_statistics"]["pages_written"], 0)
+        stats = json.loads(c.restore("--print-stats"))["container_statistics"][0]
+        self.assertGreater(stats["criu_statistics"]["pages_restored"], 0)
+
+    def test_ignore_rootfs(self):
+        c = self.container(tcp=False).run()
+        c.podman("exec", c.name, "/bin/touch", "/left-behind")
+        c.checkpoint("--ignore-rootfs", "--export", self.path("c.tar"), "--compress", "none")
+        c.remove()
+        c = c.import_as("two", self.path("c.tar"), "--ignore-rootfs")
+        self.assertNotIn("left-behind", c.podman("exec", c.name, "/bin/ls", "/"))
+
+    def test_connection_to_the_outside(self):
+        with Echo("0.0.0.0") as echo:
+            c = self.container().run(command=["/talk", "--connect", f"10.88.0.1:{echo.port}", "/memcheck", *SMALL])
+            for _ in range(2):
+                c.checkpoint()
+                c.restore()
+            self.assertEqual(echo.connections, 1)
+
+    def test_connection_lost_without_option(self):
+        """Refused before anything is lost."""
+        c = self.container().run()
+        self.assertNotEqual(c.podman_says("container", "checkpoint", c.name).returncode, 0)
+        c.go_on()
+        self.assertTrue(agents_in(c.pid))
+        c.checkpoint()
+        c.restore()
+
+
+class Export(Case):
+    def cycle(self, compress):
+        c = self.container(tcp=False).run(command=["/talk", "--unix", "--file", "/data", "/memcheck", *SMALL])
+        c.checkpoint("--export", self.path("c.tar"), "--compress", compress)
+        c.remove()
+        # runc 1.1 leaves the processes in the cgroup of the container that they were, so that a container of another name, plain or not,
+        # cannot be checkpointed again (crun's can).
+        d = c.import_as("another", self.path("c.tar"))
+        self.assertTrue(agents_in(d.pid))
+
+    def test_uncompressed(self):
+        self.cycle("none")
+
+    def test_zstd(self):
+        self.cycle("zstd")
+
+    def test_gzip(self):
+        self.cycle("gzip")
+
+    def test_with_its_connections(self):
+        c = self.container().run(command=["/talk", "--file", "/data", "/memcheck", *SMALL])
+        c.checkpoint("--export", self.path("c.tar.zst"))
+        c.remove()
+        c = c.import_as("one", self.path("c.tar.zst"))
+        c.checkpoint()
+        c.restore()
+
+    def test_copies_beside_the_original(self):
+        c = self.container(tcp=False).run()
+        c.checkpoint("--leave-running", "--export", self.path("c.tar"), "--compress", "none")
+        c.go_on()
+        copies = [c.import_as(n, self.path("c.tar"), older=True) for n in ("copy-1", "copy-2")]
+        for each in [c] + copies:
+            each.go_on()
+        self.assertTrue(all(agents_in(each.pid) for each in copies))
+
+    def test_import_without_daemon(self):
+        c = self.container(tcp=False).run()
+        c.checkpoint("--export", self.path("c.tar.zst"))
+        c.remove()
+        self.stop_daemon()
+        c = c.import_as("one", self.path("c.tar.zst"))
+        self.start_daemon()
+        c.checkpoint()
+        c.restore()
+
+
+class Ways(Case):
+    """How the agent gets in, or not."""
+
+    def test_agent_switched_off(self):
+        c = self.container(tcp=False).run("--annotation", "dev.bennu.agent=off")
+        self.assertFalse(agents_in(c.pid))
+        c.checkpoint()
+        c.restore()
+        self.assertFalse(agents_in(c.pid))
+        c.checkpoint("--export", self.path("c.tar"), "--compress", "none")
+        c.remove()
+        c.import_as("two", self.path("c.tar"))
+
+    def test_agent_preloaded(self):
+        c = self.container().run("--annotation", "dev.bennu.agent=preload")
+        self.assertTrue(agents_in(c.pid))
+        c.checkpoint()
+        c.restore()
+
+    def test_preload_of_others_is_kept(self):
+        other = "/usr/lib/other.so"
+        shutil.copy(f"{LIBS}/libm.so.6", self.path("other.so"))
+        for wish in ("mount", "preload"):
+            with self.subTest(wish):
+                c = self.container(wish).run("--env", f"LD_PRELOAD={other}", "--volume", f"{self.path('other.so')}:{other}:ro",
+                                             "--annotation", f"dev.bennu.agent={wish}")
+                self.assertIn(other, text_of(f"/proc/{c.pid}/maps"))
+                self.assertTrue(agents_in(c.pid))
+                c.checkpoint()
+                c.restore()
+
+    def test_exec_finds_the_agent(self):
+        c = self.container().run()
+        c.podman("exec", "--detach", c.name, "/bin/env", "-i", "CR_KERNELS=/kernels.ptx", "/memcheck", "--max=4321")
+        pid = wait_for(lambda: [p for p in processes_with("--max=4321") if agents_in(p)], "the second program starts")[0]
+        os.kill(pid, signal.SIGKILL)
+
+    def test_musl(self):
+        if not os.path.exists(f"{harness.STAGE}/musl"):
+            self.skipTest("no program of musl's on this architecture")
+        c = self.container(kinds=["musl"]).run(image="musl", command=["/musl"])
+        self.assertNotIn("libbennu", text_of(f"/proc/{c.pid}/maps"))
+        c.checkpoint("--export", self.path("c.tar"))
+        c.restore()
+        c.checkpoint()
+        c.restore()
+
+    def as_user(self, *args):
+        """Without CAP_SYS_RESOURCE another user's processes can be dumped only in a user namespace of root's, and CRIU 4.1 cannot
+        restore those, plain or not: they have no right to its images."""
+        if not has_sys_resource():
+            args += ("--userns=auto",)
+        c = self.container(tcp=False).run(*args, image="glibc-user")
+        uid = os.stat(f"/proc/{c.pid}").st_uid
+        self.assertNotEqual(uid, 0)
+        self.assertTrue(agents_in(c.pid))
+        c.checkpoint("--leave-running")
+        self.assertEqual(len(self.manifest(c.checkpoint_dir)["processes"]), 1)
+        c.go_on()
+        if has_sys_resource():
+            c.checkpoint()
+            c.restore()
+            self.assertEqual(os.stat(f"/proc/{c.pid}").st_uid, uid)
+
+    def test_user_that_is_not_root(self):
+        self.as_user()
+
+    def test_no_rights_at_all(self):
+        self.as_user("--cap-drop=all", "--security-opt=no-new-privileges")
+
+    def test_root_that_is_read_only(self):
+        c = self.container().run("--read-only")
+        self.assertTrue(agents_in(c.pid))
+        c.checkpoint()
+        c.restore()
+
+    def test_user_namespace(self):
+        c = self.container(tcp=False).run("--userns=auto")
+        self.assertTrue(agents_in(c.pid))
+        self.assertNotEqual(os.stat(f"/proc/{c.pid}").st_uid, 0)
+        c.checkpoint("--leave-running")
+        self.assertEqual(len(self.manifest(c.checkpoint_dir)["processes"]), 1)
+        c.go_on()
+
+    def test_namespaces_of_the_host(self):
+        c = self.container().run("--pid=host", "--ipc=host")
+        self.assertTrue(agents_in(c.pid))
+
+
+class WithoutDaemon(Case):
+    daemon_wanted = False
+
+    def test_cycle(self):
+        c = self.container(tcp=False).run()
+        self.assertTrue(agents_in(c.pid))
+        c.checkpoint()
+        self.assertTrue(os.path.exists(f"{c.checkpoint_dir}/{MANIFEST}"))
+        c.restore()
+        c.checkpoint("--export", self.path("c.tar"), "--compress", "none")
+        c.remove()
+        c.import_as("two", self.path("c.tar"))
+
+    def test_plain(self):
+        c = self.container(kinds=["talk"]).run(device=None, command=["/talk"])
+        c.checkpoint()
+        c.restore()
+
+    def test_leave_running(self):
+        c = self.container().run()
+        c.checkpoint("--leave-running")
+        c.go_on()
+        c.checkpoint()
+        c.restore()
+
+
+class Trouble(Case):
+    BIG = ["--allocs=8", "--min=4", "--max=24M"]
+
+    def test_export_interrupted(self):
+        """The checkpoint itself was done: the container is restored from it."""
+        c = self.container().run(command=["/talk", "/memcheck", *self.BIG])
+        archive = self.path("c.tar.gz")
+        popen = c.podman_starts("container", "checkpoint", "--tcp-established", "--export", archive, "--compress", "gzip", c.name)
+        wait_for(lambda: os.path.exists(archive) and os.path.getsize(archive) > 0, "the archive grows")
+        popen.kill()
+        popen.wait()
+        wait_for(lambda: c.status == "exited", "podman sees that the container has ended")
+        c.restore()
+        c.checkpoint("--export", archive)
+        c.remove()
+        c.import_as("one", archive)
+
+    def test_podman_killed_while_it_dumps(self):
+        c = self.container().run(command=["/talk", "/memcheck", *self.BIG])
+        popen = c.podman_starts("container", "checkpoint", "--tcp-established", c.name)
+        wait_for(lambda: os.path.exists(c.checkpoint_dir) and os.listdir(c.checkpoint_dir), "the checkpoint begins")
+        popen.kill()
+        popen.wait()
+        wait_for(lambda: not processes_with("swrk"), "the runtime's criu ends")
+        self.goes_on_or_is_restorable(c)
+
+    def test_full_disk(self):
+        c = self.container().run(command=["/talk", "/memcheck", *self.BIG])
+        st = os.statvfs(STORAGE)
+        for room in (20 << 20, 4 << 20, 1 << 20):
+            with self.subTest(room=room):
+                st = os.statvfs(STORAGE)
+                used = (st.f_blocks - st.f_bfree) * st.f_frsize
+                call("mount", "-o", f"remount,size={used + room}", STORAGE)
+                try:
+                    said = c.podman_says("container", "checkpoint", "--tcp-established", c.name)
+                finally:
+                    call("mount", "-o", "remount,size=8g", STORAGE)
+                self.assertNotEqual(said.returncode, 0)
+                self.assertEqual(c.status, "running")
+                c.go_on()
+        c.checkpoint()
+        c.restore()
+
+    def test_full_disk_of_an_export(self):
+        c = self.container().run(command=["/talk", "/memcheck", *self.BIG])
+        small = self.path("small")
+        os.mkdir(small)
+        call("mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", small)
+        self.addCleanup(call, "umount", small)
+        said = c.podman_says("container", "checkpoint", "--tcp-established", "--export", f"{small}/c.tar", "--compress", "none", c.name)
+        self.assertNotEqual(said.returncode, 0)
+        self.goes_on_or_is_restorable(c)
+
+    def kill_daemon_at(self, moment, worker_only):
+        c = self.container().run(command=["/talk", "/memcheck", *self.BIG])
+        popen = c.podman_starts("container", "checkpoint", "--tcp-established", c.name)
+        wait_for(lambda: moment(c), "the moment comes", lambda: "the checkpoint has ended" if popen.poll() is not None else None)
+        self.kill_daemon(worker_only)
+        popen.wait(PATIENCE)
+        if not worker_only:
+            self.start_daemon()
+        self.goes_on_or_is_restorable(c)
+
+    @staticmethod
+    def dump_began(c):
+        return os.path.exists(c.checkpoint_dir)
+
+    def copying(self, c):
+        return [n for n in self.files(c.checkpoint_dir) if n.startswith("bennu")]
+
+    def criu_dumping(self, c):
+        return [n for n in self.files(c.checkpoint_dir) if n.startswith("pages-")]
+
+    def test_daemon_killed_when_the_dump_begins(self):
+        self.kill_daemon_at(self.dump_began, False)
+
+    def test_daemon_killed_while_it_copies(self):
+        self.kill_daemon_at(self.copying, False)
+
+    def test_daemon_killed_while_criu_dumps(self):
+        self.kill_daemon_at(self.criu_dumping, False)
+
+    def test_worker_killed_when_the_dump_begins(self):
+        self.kill_daemon_at(self.dump_began, True)
+
+    def test_worker_killed_while_it_copies(self):
+        self.kill_daemon_at(self.copying, True)
+
+    def test_worker_killed_while_criu_dumps(self):
+        self.kill_daemon_at(self.criu_dumping, True)
+
+    def test_daemon_killed_while_a_container_runs(self):
+        c = self.container().run()
+        self.kill_daemon(False)
+        c.go_on()
+        c.checkpoint()
+        c.restore()
+        self.start_daemon()
+        c.checkpoint()
+        c.restore()
+
+    def files(self, folder):
+        try:
+            return os.listdir(folder)
+        except OSError:
+            return []
+
+    def goes_on_or_is_restorable(self, c):
+        """What `podman ps` says is true, whichever it is; and the next checkpoint works."""
+        wait_for(lambda: c.status in ("running", "exited"), "podman knows what the container does")
+        if c.status == "running":
+            c.go_on()
+        else:
+            c.restore()
+        c.checkpoint()
+        c.restore()
+
+
+class Crun(Case):
+    def setUp(self):
+        super().setUp()
+        self.make_cpuset()
+
+    def make_cpuset(self):
+        """Where a cpuset controller of cgroup v1 is mounted beside v2, CRIU makes the container's group in it, too, below a group that
+        Podman's cgroupfs manager has left without processors."""
+        folder = self.path("cpuset")
+        os.mkdir(folder)
+        if subprocess.run(["mount", "-t", "cgroup", "-o", "cpuset", "cpuset", folder], capture_output=True, check=False).returncode != 0:
+            return
+        self.addCleanup(call, "umount", folder)
+        group = f"{folder}/libpod_parent"
+        os.makedirs(group, exist_ok=True)
+        for name in ("cpuset.cpus", "cpuset.mems"):
+            with open(f"{group}/{name}", "w", encoding="utf-8") as f:
+                f.write(text_of(f"{folder}/{name}"))
+
+    def test_cycle(self):
+        c = self.container(runtime="crun", kinds=["gpu"]).run(command=["/memcheck", *SMALL])
+        c.checkpoint()
+        self.assertTrue(os.path.exists(f"{c.checkpoint_dir}/{MANIFEST}"))
+        c.restore()
+        c.checkpoint("--export", self.path("c.tar"), "--compress", "none")
+        c.remove()
+        d = c.import_as("two", self.path("c.tar"))
+        d.checkpoint("--leave-running")
+        d.go_on()
+
+    def test_with_connections(self):
+        c = self.container(runtime="crun").run()
+        for _ in range(2):
+            c.checkpoint()
+            c.restore()
+
+
+class Echo:
+    """A server outside of the container that sends back what it gets."""
+
+    def __init__(self, address):
+        self.listener = socket.create_server((address, 0))
+        self.port = self.listener.getsockname()[1]
+        self.connections = 0
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+
+    def serve(self):
+        while True:
+            try:
+                peer, _ = self.listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self.echo, args=(peer,), daemon=True).start()
+
+    def echo(self, peer):
+        with peer:
+            while data := peer.recv(65536):
+                peer.sendall(data)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.listener.close()
+
+
+if __name__ == "__main__":
+    harness.install()
+    harness.make_images()
+    unittest.main(verbosity=2, durations=0)
