@@ -3,6 +3,7 @@
 #include "agent/agent.h"
 #include "agent/capture.h"
 #include "agent/gate.h"
+#include "agent/idle.h"
 #include "agent/track.h"
 
 /* ---- making ---------------------------------------------------------------------------------------- */
@@ -93,6 +94,9 @@ static CUresult try_convert(size_t bytes, CUdeviceptr *out)
         return CUDA_ERROR_UNKNOWN;
     if (bn_real.cuCtxGetDevice(&dev) != CUDA_SUCCESS || dev < 0 || dev >= (int)BN_GPUS_MAX ||
         !bn_track.devices[dev].convertible || bn_real.cuCtxGetCurrent(&ctx) != CUDA_SUCCESS || !ctx)
+        return CUDA_ERROR_UNKNOWN;
+    /* A context that was reset stays current and says which device it was; the driver knows that it is dead. */
+    if (bn_load(&bn_track.devices[dev].reset) && !bn_ctx_primary(dev))
         return CUDA_ERROR_UNKNOWN;
     if (bn_capture_any()) {
         CUresult r = bn_capture_probe();
@@ -358,6 +362,17 @@ static bool attribute_differs(CUpointer_attribute attribute)
            attribute == CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE;
 }
 
+/* Memory of the application's own cuMemCreate can be exported because we made it so; it is told what it asked for. */
+static void correct_own_vmm(CUdeviceptr p, CUpointer_attribute attribute, void *data)
+{
+    if (attribute != CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES || !data)
+        return;
+    BN_LOCKED();
+    const struct bn_map *map = bn_map_at_locked(p);
+    if (map && map->seg->kind == BN_SEG_APP)
+        *(uint64_t *)data = map->seg->prop.requestedHandleTypes;
+}
+
 CUresult bn_wrap_cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr ptr)
 {
     BN_GATED();
@@ -370,6 +385,8 @@ CUresult bn_wrap_cuPointerGetAttribute(void *data, CUpointer_attribute attribute
     CUresult r = bn_real.cuPointerGetAttribute(data, attribute, ptr);
     if (r == CUDA_SUCCESS && ours)
         attribute_of(&a, base, attribute, data);
+    else if (r == CUDA_SUCCESS)
+        correct_own_vmm(ptr, attribute, data);
     return r;
 }
 
@@ -385,11 +402,14 @@ CUresult bn_wrap_cuPointerGetAttributes(unsigned int numAttributes, CUpointer_at
     bool differs = false;
     for (unsigned i = 0; i < numAttributes; i++)
         differs = differs || attribute_differs(attributes[i]);
-    if (!differs || !converted_at(ptr, &a, &base))
+    if (!differs)
         return r;
+    bool ours = converted_at(ptr, &a, &base);
     for (unsigned i = 0; i < numAttributes; i++)
-        if (data[i])
+        if (ours && data[i])
             attribute_of(&a, base, attributes[i], data[i]);
+        else
+            correct_own_vmm(ptr, attributes[i], data[i]);
     return r;
 }
 

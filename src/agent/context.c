@@ -123,12 +123,19 @@ CUresult bn_wrap_cuDevicePrimaryCtxRelease_v2(CUdevice dev)
     return r;
 }
 
+static void was_reset(CUresult r, CUdevice dev, CUcontext ctx)
+{
+    gone(r, ctx, true);
+    if (r == CUDA_SUCCESS && dev >= 0 && dev < (int)BN_GPUS_MAX)
+        bn_store(&bn_track.devices[dev].reset, true);
+}
+
 CUresult bn_wrap_cuDevicePrimaryCtxReset(CUdevice dev)
 {
     BN_GATED();
     CUcontext ctx = bn_ctx_primary(dev);
     CUresult r = bn_real.cuDevicePrimaryCtxReset(dev);
-    gone(r, ctx, true);
+    was_reset(r, dev, ctx);
     return r;
 }
 
@@ -137,7 +144,7 @@ CUresult bn_wrap_cuDevicePrimaryCtxReset_v2(CUdevice dev)
     BN_GATED();
     CUcontext ctx = bn_ctx_primary(dev);
     CUresult r = bn_real.cuDevicePrimaryCtxReset_v2(dev);
-    gone(r, ctx, true);
+    was_reset(r, dev, ctx);
     return r;
 }
 

@@ -74,7 +74,7 @@ struct bn_alloc {
     CUcontext ctx;
     CUdevice dev; /* of converted ones */
     bool managed;
-    bool sync_memops; /* as the application set it; the driver does not know */
+    bool sync_memops;   /* as the application set it; the driver does not know */
     uint32_t opens;     /* memory of another process: how often its IPC handle is open here */
     uint64_t origin_id; /* and whose it is */
     uint8_t origin[16];
@@ -97,6 +97,7 @@ struct bn_peer {
 };
 
 struct bn_device {
+    bool reset; /* its primary context was reset at some time */
     bool known, convertible, rdma;
     uint64_t granularity;
     uint8_t uuid[16];
