@@ -85,6 +85,18 @@ fail:
     return r == CUDA_ERROR_OUT_OF_MEMORY ? r : CUDA_ERROR_UNKNOWN;
 }
 
+/* A primary context that was reset stays current and tells its device; the driver knows that it is dead. */
+static bool is_dead(CUcontext ctx, CUdevice dev)
+{
+    {
+        BN_LOCKED();
+        for (const struct bn_ctx *c = bn_track.ctxs; c; c = c->next)
+            if (c->ctx == ctx)
+                return false;
+    }
+    return !bn_ctx_primary(dev);
+}
+
 /* CUDA_ERROR_UNKNOWN: leave it to the driver. */
 static CUresult try_convert(size_t bytes, CUdeviceptr *out)
 {
@@ -95,8 +107,7 @@ static CUresult try_convert(size_t bytes, CUdeviceptr *out)
     if (bn_real.cuCtxGetDevice(&dev) != CUDA_SUCCESS || dev < 0 || dev >= (int)BN_GPUS_MAX ||
         !bn_track.devices[dev].convertible || bn_real.cuCtxGetCurrent(&ctx) != CUDA_SUCCESS || !ctx)
         return CUDA_ERROR_UNKNOWN;
-    /* A context that was reset stays current and says which device it was; the driver knows that it is dead. */
-    if (bn_load(&bn_track.devices[dev].reset) && !bn_ctx_primary(dev))
+    if (bn_load(&bn_track.devices[dev].reset) && is_dead(ctx, dev))
         return CUDA_ERROR_UNKNOWN;
     if (bn_capture_any()) {
         CUresult r = bn_capture_probe();
