@@ -73,11 +73,14 @@ static int replace_token(struct job *job, uint32_t token, const char *value)
     return quoted ? replace(job, t->start, t->end - t->start, "%s", quoted) : -ENOMEM;
 }
 
-/* `text`, complete JSON, as the last element of an array or a new last member of an object. */
-static int append(struct job *job, uint32_t container, const char *text)
+/* `text`, complete JSON, as the last element of an array. */
+static int append(struct job *job, uint32_t array, const char *text)
 {
-    const struct bn_json_token *t = &job->j.tokens[container];
-    return replace(job, t->end - 1, 0, "%s%s", t->children ? "," : "", text);
+    const struct bn_json_token *t = &job->j.tokens[array];
+    bool comma = t->children > 0;
+    for (size_t i = 0; i < job->n; i++)
+        comma = comma || (job->edits[i].at == t->end - 1 && job->edits[i].remove == 0);
+    return replace(job, t->end - 1, 0, "%s%s", comma ? "," : "", text);
 }
 
 static int apply(const struct job *job, size_t len, char **out, size_t *out_len)
@@ -230,6 +233,18 @@ static int find_driver_mounts(const struct job *job, struct driver_mount *found,
     "{\"destination\":%s,\"type\":\"bind\",\"source\":%s," \
     "\"options\":[\"ro\",\"nosuid\",\"nodev\",\"bind\",\"rprivate\"]}"
 
+/* As `bennu run` does: libuv takes io_uring where it finds it, which CRIU cannot save; it falls back to threads. */
+static int without_io_uring(struct job *job)
+{
+    FOR_EACH(&job->j, i, job->env)
+    {
+        bn_auto_free char *text = bn_json_string(&job->j, i);
+        if (has_prefix(text, "UV_USE_IO_URING="))
+            return 0;
+    }
+    return job->env == BN_JSON_NONE ? 0 : append(job, job->env, "\"UV_USE_IO_URING=0\"");
+}
+
 static int mount_over(struct job *job, const struct driver_mount *m, size_t n)
 {
     const struct bn_json_token *first = &job->j.tokens[m[0].mount], *name = &job->j.tokens[m[0].destination];
@@ -335,6 +350,8 @@ static int decide_preload(struct job *job, int root, bool forced)
     if (r <= 0)
         return r;
     r = preload(job);
+    if (r == 0)
+        r = without_io_uring(job);
     return r < 0 ? r : 1;
 }
 
@@ -361,6 +378,8 @@ static int decide(struct job *job)
     if (r <= 0)
         return r;
     r = mount_over(job, found, n);
+    if (r == 0)
+        r = without_io_uring(job);
     return r < 0 ? r : 1;
 }
 

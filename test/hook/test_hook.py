@@ -17,6 +17,7 @@ BUILD = os.environ["BENNU_BUILD"]
 HOOK = os.path.join(BUILD, "src/hook/bennu-oci-hook")
 DRIVER = "/.bennu/driver/libcuda.so.1"
 AGENT = "/.bennu/libbennu.so"
+NO_IO_URING = "UV_USE_IO_URING=0"
 OPTIONS = ["ro", "nosuid", "nodev", "bind", "rprivate"]
 LIB = "/usr/lib/x86_64-linux-gnu"
 MACHINE = {"x86_64": 62, "aarch64": 183}[os.uname().machine]
@@ -98,6 +99,7 @@ class Hook(unittest.TestCase):
         for other in others:
             want["mounts"][other]["source"] = self.agent
         want["mounts"].insert(index + 1, over)
+        want["process"]["env"].append(NO_IO_URING)
         return want
 
     def preloaded(self, config, value=AGENT):
@@ -106,6 +108,7 @@ class Hook(unittest.TestCase):
         env[:] = [value if e.startswith("LD_PRELOAD=") else e for e in env]
         if value == AGENT:
             env.append("LD_PRELOAD=" + AGENT)
+        env.append(NO_IO_URING)
         want["mounts"].append({"destination": AGENT, "type": "bind", "source": self.agent, "options": OPTIONS})
         return want
 
@@ -212,6 +215,17 @@ class Hook(unittest.TestCase):
         self.assert_edited(config, self.preloaded(config, f"LD_PRELOAD={AGENT}:/a.so /b.so"))
         config = self.gpu(env=["LD_PRELOAD="])
         self.assert_edited(config, self.preloaded(config, f"LD_PRELOAD={AGENT}"))
+
+    def test_own_words_on_io_uring(self):
+        config = self.gpu(env=["LD_PRELOAD=/x", "UV_USE_IO_URING=1"])
+        want = self.preloaded(config, f"LD_PRELOAD={AGENT}:/x")
+        want["process"]["env"].pop()
+        self.assert_edited(config, want)
+
+    def test_empty_environment(self):
+        config = self.gpu()
+        config["process"]["env"] = []
+        self.assert_edited(config, self.preloaded(config))
 
     def test_annotation_preload(self):
         config = self.config([self.bind(self.driver, LIB + "/libcuda.so.1")], annotations={"dev.bennu.agent": "preload"})
