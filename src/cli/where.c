@@ -1,8 +1,11 @@
 #include "cli/cli.h"
 
 #include "base/cleanup.h"
+#include "base/io.h"
+#include "cli/setup.h"
 #include "config.h"
 
+#include <fcntl.h>
 #include <string.h>
 
 /* This program is ROOT/src/cli/bennu in a build folder. The folder may have been moved since it was configured, so its place
@@ -46,7 +49,17 @@ static void resolve(const char *variable, const char *in_build, const char *inst
 
 void cli_agent_path(char *out)
 {
+    bn_auto_free void *data = NULL;
+    size_t len;
+    char id[64], kept[PATH_MAX];
     resolve("BENNU_AGENT", "src/agent/libbennu.so", BENNU_AGENT_PATH, out);
+    if (strcmp(out, BENNU_AGENT_PATH) != 0 || bn_read_file_at(AT_FDCWD, out, SETUP_FILE_MAX, &data, &len) < 0)
+        return;
+    /* The copy that outlives an upgrade, if 'bennu install' has made it: CRIU restores a process with the very file it had. */
+    setup_agent_id(data, len, id);
+    snprintf(kept, sizeof(kept), "%s/%s/libbennu.so", BENNU_AGENTS_DIR, id);
+    if (access(kept, R_OK) == 0)
+        snprintf(out, PATH_MAX, "%s", kept);
 }
 
 void cli_plugin_dir(char *out)

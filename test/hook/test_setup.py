@@ -85,7 +85,7 @@ class Setup(unittest.TestCase):
         device, = json.loads(self.read(CDI))["devices"]
         mount, = device["containerEdits"]["mounts"]
         self.assertEqual(mount["hostPath"], agent)
-        self.assertEqual(device["containerEdits"]["env"], ["LD_PRELOAD=" + mount["containerPath"]])
+        self.assertEqual(device["containerEdits"]["env"], ["LD_PRELOAD=" + mount["containerPath"], "UV_USE_IO_URING=0"])
         for path, content in tree.items():
             self.assertFalse(re.search(r"\.bennu-new$|\.new$", path), path)
             if isinstance(content, tuple):
@@ -317,6 +317,21 @@ class Machine(unittest.TestCase):
         told = [line for line in said.splitlines() if line.startswith(("daemon-reload", "enable ", "disable "))]
         self.assertEqual(told, ["daemon-reload", "enable --now bennud.socket", "disable --now bennud.socket bennud.service"])
         self.assertRegex(said, r"failed +bennud.socket \(no bus")
+
+    def test_agent_of_run_outlives_an_upgrade(self):
+        """`bennu run` preloads the copy that is kept, once there is one."""
+        said = self.run_in_copy(f"""
+            criu 4.1.1
+            $BENNU install >&2
+            export BENNU_DRIVER={PREFIX}/{OPTIONS['libexecdir']}/bennu/sim/libcuda.so.1
+            for bennu in /usr/local/bin/bennu /usr/bin/bennu; do [ -e $bennu ] && break; done
+            $bennu run -- env | grep ^LD_PRELOAD
+            rm -r /usr/lib/bennu/agents/*
+            $bennu run -- env | grep ^LD_PRELOAD
+        """)
+        kept, own = (line.split("=", 1)[1].split(":")[0] for line in said.splitlines())
+        self.assertRegex(kept, AGENTS + r"/[^/]+/libbennu.so$")
+        self.assertEqual(own, f"{PREFIX}/{OPTIONS['libdir']}/bennu/agent/libbennu.so")
 
     def test_check(self):
         """What `bennu check` says of the container hook, at each stage."""
