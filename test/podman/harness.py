@@ -4,6 +4,7 @@ as they like: Bennu is installed in it as on any machine, and the simulated driv
 Nothing here sleeps for a time and hopes. When a test fails, the logs of Podman, conmon, the runtime, CRIU and bennud are printed.
 """
 
+import atexit
 import glob
 import json
 import os
@@ -67,6 +68,7 @@ def call(*command, **kwargs):
 
 def install():
     """Bennu and a driver, as on a machine with a GPU."""
+    atexit.register(tidy)
     shutil.copytree(f"{STAGE}/install", "/", symlinks=True, dirs_exist_ok=True)
     AGENT[:] = glob.glob("/usr/local/lib/*/bennu/agent/libbennu.so")
     shutil.copy(f"{BUILD}/sim/libcuda.so.1", DRIVER)
@@ -77,6 +79,7 @@ def install():
     else:
         install_by_hand()
     write_cdi("versioned", [(DRIVER, DRIVER)])
+    write_cdi("typed", [(DRIVER, DRIVER)], {"type": "bind"})
     write_cdi("direct", [(DRIVER, f"{LIBS}/libcuda.so.1")])
 
 
@@ -89,16 +92,26 @@ def install_by_hand():
         f.write(text_of("/usr/local/share/bennu/50-bennu.json.in").replace("@AGENT@", AGENT[0]))
 
 
-def write_cdi(name, mounts):
+def write_cdi(name, mounts, more=None):
     """A device of the kind by which NVIDIA's container toolkit delivers the driver's files."""
     env = [f"{k}={v}" for k, v in os.environ.items() if k.startswith("BENNU_SIM_")]
     spec = {"cdiVersion": "0.6.0", "kind": "nvidia.com/gpu", "devices": [{"name": name, "containerEdits": {
         "env": ["NVIDIA_VISIBLE_DEVICES=void"] + env,
-        "mounts": [{"hostPath": host, "containerPath": path, "options": ["ro", "nosuid", "nodev", "rbind", "rprivate"]}
+        "mounts": [{"hostPath": host, "containerPath": path, "options": ["ro", "nosuid", "nodev", "rbind", "rprivate"],
+                    **(more or {})}
                    for host, path in mounts]}}]}
     os.makedirs("/etc/cdi", exist_ok=True)
     with open(f"/etc/cdi/nvidia-{name}.json", "w", encoding="utf-8") as f:
         json.dump(spec, f)
+
+
+def tidy():
+    """The groups that Podman leaves are the one thing in here that outlives us."""
+    for folder in sorted(glob.glob("/sys/fs/cgroup/libpod_parent/*") + glob.glob("/sys/fs/cgroup/libpod_parent"), reverse=True):
+        try:
+            os.rmdir(folder)
+        except OSError:
+            pass
 
 
 def import_image(name, files, links=(), folders=(), change=()):

@@ -3,11 +3,10 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import unittest
 
@@ -420,26 +419,17 @@ class Trouble(Case):
 
 
 class Crun(Case):
-    def setUp(self):
-        super().setUp()
-        self.make_cpuset()
+    """crun 1.21's restore needs a type in every mount, which CDI's specification does not ask for: it crashes otherwise."""
+    device = "typed"
 
-    def make_cpuset(self):
-        """Where a cpuset controller of cgroup v1 is mounted beside v2, CRIU makes the container's group in it, too, below a group that
-        Podman's cgroupfs manager has left without processors."""
-        folder = self.path("cpuset")
-        os.mkdir(folder)
-        if subprocess.run(["mount", "-t", "cgroup", "-o", "cpuset", "cpuset", folder], capture_output=True, check=False).returncode != 0:
-            return
-        self.addCleanup(call, "umount", folder)
-        group = f"{folder}/libpod_parent"
-        os.makedirs(group, exist_ok=True)
-        for name in ("cpuset.cpus", "cpuset.mems"):
-            with open(f"{group}/{name}", "w", encoding="utf-8") as f:
-                f.write(text_of(f"{folder}/{name}"))
+    def setUp(self):
+        if re.search(r"^cpuset\t[1-9]", text_of("/proc/cgroups"), re.M):
+            self.skipTest("this host mounts cgroup v1's cpuset beside v2: CRIU restores crun's containers into it and may not write "
+                          "cpuset.cpu_exclusive")
+        super().setUp()
 
     def test_cycle(self):
-        c = self.container(runtime="crun", kinds=["gpu"]).run(command=["/memcheck", *SMALL])
+        c = self.container(runtime="crun", tcp=False).run(device=self.device)
         c.checkpoint()
         self.assertTrue(os.path.exists(f"{c.checkpoint_dir}/{MANIFEST}"))
         c.restore()
@@ -450,7 +440,7 @@ class Crun(Case):
         d.go_on()
 
     def test_with_connections(self):
-        c = self.container(runtime="crun").run()
+        c = self.container(runtime="crun").run(device=self.device)
         for _ in range(2):
             c.checkpoint()
             c.restore()
