@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import threading
 import unittest
 
@@ -480,4 +481,7 @@ class Echo:
 if __name__ == "__main__":
     harness.install()
     harness.make_images()
-    unittest.main(verbosity=2, durations=0)
+    result = unittest.main(verbosity=2, durations=0, exit=False).result
+    if result.testsRun == len(result.skipped) > 0:
+        sys.exit(77)
+    sys.exit(not result.wasSuccessful())
