@@ -68,8 +68,10 @@ static void note_stdio(struct bn_manifest *m, pid_t root)
     for (int fd = 0; fd < 3; fd++) {
         char path[64];
         snprintf(path, sizeof(path), "/proc/%d/fd/%d", root, fd);
-        ssize_t n = readlink(path, m->stdio[fd], sizeof(m->stdio[fd]) - 1);
-        m->stdio[fd][n > 0 ? n : 0] = 0;
+        char link[BN_IMAGE_STDIO_MAX];
+        ssize_t n = readlink(path, link, sizeof(link) - 1);
+        link[n > 0 ? n : 0] = 0;
+        snprintf(m->stdio[fd], sizeof(m->stdio[fd]), "%s", link);
         if (strncmp(m->stdio[fd], "/dev/pts/", 9) == 0 || strcmp(m->stdio[fd], "/dev/tty") == 0)
             m->controlling_tty = true;
     }
