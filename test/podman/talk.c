@@ -167,7 +167,8 @@ static void note(int fd, uint64_t round)
             wrong("the file's number %llu is not as written", (unsigned long long)r);
 }
 
-__attribute__((noreturn)) static void talk(bool in_unix, const char *outside, const char *lock, const char *path)
+__attribute__((noreturn)) static void talk(bool in_unix, const char *outside, const char *lock,
+                                           const char *path)
 {
     int pair[2], echo = connect_outside(outside);
     int file = path ? open(path, O_RDWR | O_CREAT | O_TRUNC, 0600) : -1;
