@@ -133,19 +133,6 @@ class Others(FaultTest):
         self.cycle()
         self.stop()
 
-    def test_criu_when_it_says(self):
-        self.daemon = Daemon(self)
-        for said in ("Seized task", "bennu", "Collecting fds", "Writing stats"):
-            with self.subTest(said):
-                folder, pids = self.new_dir(), self.app.pids()
-                criu = self.criu_start("dump", folder, "-t", self.app.pid, "--leave-running")
-                wait_for(lambda: said in text_of(folder + "/dump.log") or criu.poll() is not None, said)
-                criu.kill()
-                criu.wait()
-                self.assertEqual(self.checkpoint_or_none(folder, pids), "goes on")
-        self.cycle()
-        self.stop()
-
     def test_criu_in_a_restore(self):
         self.daemon = Daemon(self)
         folder, pids = self.new_dir(), self.app.pids()
