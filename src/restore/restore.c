@@ -169,7 +169,7 @@ int bn_restore_begin(struct bn_env *env, int dirfd, unsigned flags, struct bn_re
     if (!r)
         return bn_error_set(err, ENOMEM, "load", "out of memory");
     r->flags = flags;
-    r->q = (struct bn_quiesce){.env = env, .report = report, .copy_end = finish_loading};
+    r->q = (struct bn_quiesce){.env = env, .report = bn_report_ref(report), .copy_end = finish_loading};
     int rc = flags & BN_RESTORE_STOCK ? 0 : begin(r, dirfd, err);
     if (rc < 0) {
         bn_restore_free(r);
@@ -288,6 +288,7 @@ void bn_restore_free(struct bn_restore *r)
     bn_targets_free(&r->q.targets);
     bn_pack_reader_free(r->reader);
     bn_manifest_free(r->manifest);
+    bn_report_unref(r->q.report);
     free(r->loads);
     free(r);
 }
