@@ -126,8 +126,9 @@ void bn_dump_abort(struct bn_dump *d)
 }
 
 int bn_dump_begin(struct bn_env *env, pid_t root, unsigned flags, int dirfd, struct bn_report *report,
-                  struct bn_dump **out, struct bn_error *err)
+                  struct bn_dump **out, struct bn_suspended **left, struct bn_error *err)
 {
+    *left = NULL;
     struct bn_dump *d = calloc(1, sizeof(*d));
     if (!d)
         return bn_error_set(err, ENOMEM, "dump", "out of memory");
@@ -142,6 +143,7 @@ int bn_dump_begin(struct bn_env *env, pid_t root, unsigned flags, int dirfd, str
                          : bn_quiesce_down(&d->q, err);
     if (r < 0 || d->q.targets.n == 0) {
         bn_dump_abort(d);
+        *left = bn_suspended_take(&d->q);
         dump_free(d);
         d = NULL;
     }
@@ -242,12 +244,13 @@ int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err)
     return 0;
 }
 
-int bn_dump_aftermath(struct bn_dump *d, struct bn_error *err)
+int bn_dump_aftermath(struct bn_dump *d, struct bn_suspended **left, struct bn_error *err)
 {
     for (size_t i = 0; i < d->q.targets.n; i++)
         while (bn_target_wait_runnable(&d->q.targets.v[i], LOOK_MS) == -ETIMEDOUT)
             ; /* still in CRIU's hands, or in a frozen cgroup: it needs nothing until it may run */
     int r = bn_quiesce_up(&d->q, err);
+    *left = r < 0 ? bn_suspended_take(&d->q) : NULL;
     dump_free(d);
     return r;
 }

@@ -9,7 +9,7 @@
  */
 #pragma once
 
-#include "checkpoint/quiesce.h"
+#include "checkpoint/suspend.h"
 
 struct bn_dump;
 
@@ -18,10 +18,10 @@ struct bn_dump;
                          * in the page cache, as CRIU leaves its own: a checkpoint that a power cut tore is found out by
                          * its hashes, not prevented. */
 
-/* On failure everything is undone and nothing is left in the directory. dirfd is duplicated. A tree without CUDA is no failure: *out is
+/* On failure everything is undone and nothing is left in the directory; *left as below. dirfd is duplicated. A tree without CUDA is no failure: *out is
  * then NULL. A checkpoint that the directory holds already is replaced. -ENOSPC: it has not room for the memory. */
 int bn_dump_begin(struct bn_env *env, pid_t root, unsigned flags, int dirfd, struct bn_report *report,
-                  struct bn_dump **out, struct bn_error *err);
+                  struct bn_dump **out, struct bn_suspended **left, struct bn_error *err);
 
 const struct bn_targets *bn_dump_targets(const struct bn_dump *d);
 
@@ -36,5 +36,6 @@ int bn_dump_purge(const struct bn_dump *d, pid_t pid, uint64_t *freed, struct bn
 int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err);
 /* Stop writing and remove what was written. */
 void bn_dump_abort(struct bn_dump *d);
-/* Waits, as long as it takes, until every process is either gone or free to run, and brings the latter back. Frees d. */
-int bn_dump_aftermath(struct bn_dump *d, struct bn_error *err);
+/* Waits, as long as it takes, until every process is either gone or free to run, and brings the latter back. Frees d. On failure
+ * *left is what could not be brought back, or NULL: bn_resume can try again. */
+int bn_dump_aftermath(struct bn_dump *d, struct bn_suspended **left, struct bn_error *err);

@@ -131,6 +131,10 @@ static int down_checkpoint(struct bn_quiesce *q, struct bn_error *err)
 
 static int restore(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
 {
+    if (t->lost && !t->checkpointed) /* found so when it was looked at again */
+        return bn_error_set(err, EIO, "driver-restore",
+                            "the driver has lost the GPU state of process %d, which can only be killed",
+                            t->pid);
     return bn_target_restore(t, q->env->gpu, q->pairs, q->npairs, err);
 }
 static int up_restore(struct bn_quiesce *q, struct bn_error *err)
@@ -150,7 +154,7 @@ static int up_unlock(struct bn_quiesce *q, struct bn_error *err)
 static int give_back(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
 {
     (void)q;
-    return t->locked ? 0 : bn_target_give_back(t, err);
+    return t->locked || t->lost ? 0 : bn_target_give_back(t, err);
 }
 static int up_give_back(struct bn_quiesce *q, struct bn_error *err)
 {
@@ -257,4 +261,15 @@ int bn_quiesce_down(struct bn_quiesce *q, struct bn_error *err)
 int bn_quiesce_up(struct bn_quiesce *q, struct bn_error *err)
 {
     return up_from(q, BN_ARRAY_SIZE(steps), err);
+}
+
+bool bn_quiesce_holds(const struct bn_quiesce *q)
+{
+    for (size_t i = 0; i < q->targets.n; i++) {
+        const struct bn_target *t = &q->targets.v[i];
+        /* A gate alone is opened by the agent when it finds that nobody holds its process any more. */
+        if ((t->evicted || t->locked || t->checkpointed) && !bn_target_gone(t))
+            return true;
+    }
+    return false;
 }

@@ -53,3 +53,7 @@ int bn_quiesce_down(struct bn_quiesce *q, struct bn_error *err);
  * failure. A process that could not get all of its state back keeps its gate closed or is marked lost: it never runs on wrong
  * bytes. The sets of processes that have their memory back are freed. */
 int bn_quiesce_up(struct bn_quiesce *q, struct bn_error *err);
+
+/* True when a process that lives has not got back all that was taken from it: q->targets must not be let go then. A closed gate is
+ * not counted: the agent opens it by itself once we have let go. */
+bool bn_quiesce_holds(const struct bn_quiesce *q);

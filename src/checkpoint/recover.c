@@ -239,7 +239,8 @@ static int look_at_agent(struct bn_target *t, struct bn_error *err)
 static int look(struct bn_env *env, struct bn_target *t, struct bn_error *err)
 {
     enum bn_ckpt_state state;
-    int r = t->gated ? look_at_agent(t, err) : 0;
+    /* A gate that only could not be opened, after the memory was given back, holds nothing of ours. */
+    int r = t->evicted ? look_at_agent(t, err) : 0;
     if (r == 0)
         r = bn_ckpt_state(env->gpu, t->pid, &state, err);
     if (r < 0)

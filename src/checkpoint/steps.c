@@ -244,7 +244,7 @@ int bn_target_restore(struct bn_target *t, struct bn_gpu *gpu, const struct bn_c
         return 0;
     int r = bn_ckpt_restore(gpu, t->pid, pairs, npairs, err);
     if (r == 0)
-        t->checkpointed = false;
+        t->checkpointed = t->lost = false;
     else if (r != -ESRCH)
         t->lost = true;
     return r;

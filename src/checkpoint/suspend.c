@@ -80,7 +80,10 @@ int bn_suspend(struct bn_env *env, pid_t root, unsigned flags, struct bn_report 
         }
     }
     if (r < 0) {
+        struct bn_suspended *left = bn_suspended_take(&s->q);
         bn_suspended_free(s);
+        if (left)
+            *out = left;
         return r;
     }
     for (size_t i = 0; i < s->q.targets.n; i++)
@@ -89,6 +92,18 @@ int bn_suspend(struct bn_env *env, pid_t root, unsigned flags, struct bn_report 
     *out = s;
     bn_kill_point(env, "suspended", "end");
     return 0;
+}
+
+struct bn_suspended *bn_suspended_take(struct bn_quiesce *q)
+{
+    struct bn_suspended *s = bn_quiesce_holds(q) ? calloc(1, sizeof(*s)) : NULL;
+    if (!s)
+        return NULL;
+    s->q = (struct bn_quiesce){.env = q->env, .root = q->root, .targets = q->targets, .session = q->session};
+    s->giving = true; /* the bytes are on the GPU, in sets that the processes shall have */
+    s->look = true;
+    q->targets = (struct bn_targets){0};
+    return s;
 }
 
 /* From the host memory of an earlier daemon. Chunks come in any order. */

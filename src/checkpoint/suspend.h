@@ -6,7 +6,7 @@
 struct bn_suspended;
 
 /* Stops the tree below `root` and frees the GPU of it: evictable memory to pinned host memory, the rest into the processes by
- * the driver. On failure everything is as before. Blocks; `cancel` (may be NULL) may be set by another thread.
+ * the driver. On failure everything is as before; where that could not be, *out is set all the same, for bn_resume. Blocks; `cancel` (may be NULL) may be set by another thread.
  * -ENODATA: no process of the tree uses CUDA. */
 int bn_suspend(struct bn_env *env, pid_t root, unsigned flags, struct bn_report *report, const bool *cancel,
                struct bn_suspended **out, struct bn_error *err);
@@ -14,6 +14,9 @@ int bn_suspend(struct bn_env *env, pid_t root, unsigned flags, struct bn_report 
 /* Brings it back. When the GPU lacks memory nothing is changed and it can be tried again (-ENOMEM). On success *s is freed and set
  * NULL; on other failures what could be brought back runs, and the object is kept. */
 int bn_resume(struct bn_suspended **s, struct bn_report *report, struct bn_error *err);
+
+/* For a way up that failed: takes q's targets over, for bn_resume to try again. NULL: there is nothing to try (or no memory). */
+struct bn_suspended *bn_suspended_take(struct bn_quiesce *q);
 
 /* Forget it: for trees that are gone. Frees the host memory. A process that still lives stays stopped for good. */
 void bn_suspended_free(struct bn_suspended *s);

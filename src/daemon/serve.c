@@ -133,6 +133,17 @@ static void write_phases(struct client *c, struct bn_writer *reply)
     bn_write_phases(reply, &phases);
 }
 
+/* What could not be brought back stays as it is until somebody resumes it. */
+static void keep_left(struct client *c, struct bn_suspended *left)
+{
+    if (!left)
+        return;
+    pid_t root = bn_suspended_root(left);
+    if (bn_keep_suspended(c->d, left) == 0)
+        fprintf(stderr, "bennud: process %d and its children stay stopped: 'bennu resume %d' tries again\n",
+                root, root);
+}
+
 /* Runs after the reply, or in its place when the client has gone. */
 static void dump_let_go(struct client *c)
 {
@@ -140,9 +151,11 @@ static void dump_let_go(struct client *c)
         return;
     struct bn_error err = BN_ERROR_INIT;
     pid_t root = bn_dump_targets(c->dump)->v[0].pid;
-    if (bn_dump_aftermath(c->dump, &err) < 0)
+    struct bn_suspended *left;
+    if (bn_dump_aftermath(c->dump, &left, &err) < 0)
         fprintf(stderr, "bennud: after the dump of %d: %s\n", root, err.text);
     c->dump = NULL;
+    keep_left(c, left);
 }
 
 /* ---- handlers ---- */
@@ -230,7 +243,9 @@ static int on_suspend(struct client *c, struct request *rq, struct bn_writer *re
     pump_start(&pump, c, c->report, flags & BN_CTL_F_PROGRESS);
     r = bn_suspend(&c->d->env, pid, 0, c->report, &c->gone, &s, err);
     pump_stop(&pump);
-    if (r == 0 && bn_keep_suspended(c->d, s) < 0) {
+    if (r < 0) {
+        keep_left(c, s);
+    } else if (bn_keep_suspended(c->d, s) < 0) {
         bn_resume(&s, c->report, NULL);
         r = bn_error_set(err, ENOMEM, "suspend", "out of memory");
     }
@@ -303,9 +318,11 @@ static int on_dump_begin(struct client *c, struct request *rq, struct bn_writer 
     int r = session_open(c, root, -1, err);
     if (r < 0)
         return r;
+    struct bn_suspended *left;
     unsigned how =
         (flags & BN_CTL_F_DRIVER_PATH ? BN_FIND_DRIVER_PATH : 0) | (flags & BN_CTL_F_SYNC ? BN_DUMP_SYNC : 0);
-    r = bn_dump_begin(&c->d->env, root, how, rq->fd, c->report, &c->dump, err);
+    r = bn_dump_begin(&c->d->env, root, how, rq->fd, c->report, &c->dump, &left, err);
+    keep_left(c, left);
     if (r < 0 || !c->dump)
         session_close(c, r < 0 ? err : NULL);
     bn_write_u32(reply, c->dump ? (uint32_t)bn_dump_targets(c->dump)->n : 0);

@@ -1,5 +1,7 @@
 """Suspend and resume: the GPU's memory is really free meanwhile, and every byte is back afterwards."""
 
+import os
+
 import harness
 from harness import Case, ODD, wait_for
 
@@ -89,6 +91,37 @@ class Suspend(Case):
         program = self.memcheck()
         self.ok("suspend", program.pid)
         self.assertEqual(self.stop_daemon(), 0)
+        program.go_on()
+
+    def test_what_cannot_be_brought_back_is_kept_for_a_resume(self):
+        rules = self.path("rules")
+        self.start_daemon(BENNU_SIM_FAIL_FILE=rules)
+        for agent in (True, False):
+            program = self.tree(agent=agent)
+            for call in ("cuCheckpointProcessUnlock", "cuCheckpointProcessRestore"):
+                with self.subTest(agent=agent, call=call):
+                    with open(rules, "w", encoding="utf-8") as f:
+                        f.write(f"{call}:1+=2")
+                    name = f"{call}-{agent}"
+                    self.dump(program, "--leave-running", name=name)
+                    wait_for(lambda: self.state(program.pid)["state"] == "suspended", "bennud keeps what it could not bring back")
+                    self.refused(1, "resume", program.pid)
+                    self.refused(1, "dump", program.pid, self.path("ck"), says=f"bennu resume {program.pid}")
+                    os.unlink(rules)
+                    self.ok("resume", program.pid)
+                    program.go_on()
+            program.kill()
+
+    def test_a_suspend_that_cannot_be_undone_is_kept_for_a_resume(self):
+        rules = self.path("rules")
+        self.start_daemon(BENNU_SIM_FAIL_FILE=rules)
+        program = self.tree()
+        with open(rules, "w", encoding="utf-8") as f:
+            f.write("cuCheckpointProcessCheckpoint:3+=2,cuCheckpointProcessUnlock:1+=2")
+        self.refused(1, "suspend", program.pid)
+        self.assertEqual(self.state(program.pid)["state"], "suspended")
+        os.unlink(rules)
+        self.ok("resume", program.pid)
         program.go_on()
 
     def test_a_suspended_process_that_is_killed_leaves_nothing(self):
