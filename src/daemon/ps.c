@@ -45,10 +45,18 @@ static void describe(const struct bn_agent_page *p, struct bn_ps_entry *e)
                  p->unknown_count > 1 ? ", …" : "");
 }
 
+/* bennud's own processes, and those of private ones, use CUDA on behalf of others. */
+static bool is_bennud(const char *comm)
+{
+    return strcmp(comm, "bennud") == 0 || strcmp(comm, "bennud-worker") == 0;
+}
+
 /* True: worth a line. */
 static bool look(struct daemon *d, pid_t pid, struct bn_ps_entry *e)
 {
     *e = (struct bn_ps_entry){.pid = (uint32_t)pid, .state = BN_PS_RUNNING};
+    if (bn_proc_comm(pid, e->comm) < 0 || is_bennud(e->comm))
+        return false;
     struct bn_agent *agent = NULL;
     struct bn_agent_page page;
     bool has_agent = bn_agent_find(pid, &agent) == 0 && bn_agent_page(agent, &page) == 0;
@@ -73,7 +81,7 @@ static bool look(struct daemon *d, pid_t pid, struct bn_ps_entry *e)
         e->state = BN_PS_RESTORING;
         snprintf(e->note, sizeof(e->note), "being brought back: bennud was killed");
     }
-    return bn_proc_comm(pid, e->comm) == 0;
+    return true;
 }
 
 int bn_daemon_ps(struct daemon *d, bn_ps_fn fn, void *arg, struct bn_error *err)

@@ -1,6 +1,7 @@
 """Suspend and resume: the GPU's memory is really free meanwhile, and every byte is back afterwards."""
 
 import os
+import subprocess
 
 import harness
 from harness import Case, ODD, wait_for
@@ -123,6 +124,19 @@ class Suspend(Case):
         os.unlink(rules)
         self.ok("resume", program.pid)
         program.go_on()
+
+    def test_ps_leaves_daemons_out(self):
+        self.start_daemon()
+        other = self.path("other")
+        with open(self.path("other.log"), "ab") as log:
+            daemon = subprocess.Popen([harness.BENNUD, "--rundir", other], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                      env=self.env)
+        try:
+            wait_for(lambda: " GPUs" in harness.text_of(self.path("other.log")), "the other bennud starts")
+            self.assertNotIn("bennud", " ".join(p["command"] for p in self.ok_json("ps")["processes"]))
+        finally:
+            daemon.terminate()
+            daemon.wait(60)
 
     def test_a_suspended_process_that_is_killed_leaves_nothing(self):
         self.start_daemon()
