@@ -23,7 +23,6 @@ struct suspended_entry {
     struct suspended_entry *next;
 };
 
-/* A session's report with what names it to a watcher: the root pid of a dump or suspend, or the directory of a restore. */
 /* Somebody waits for the report of a session to come. */
 struct awaited {
     pid_t root;
@@ -33,6 +32,7 @@ struct awaited {
     struct awaited *next;
 };
 
+/* A session's report with what names it to a watcher: the root pid of a dump or suspend, or the directory of a restore. */
 struct published {
     struct bn_report *report;
     pid_t root;
@@ -69,6 +69,10 @@ void bn_daemon_serve(struct daemon *d, int fd);
 
 int bn_publish(struct daemon *d, struct bn_report *report, pid_t root, int dirfd);
 void bn_unpublish(struct daemon *d, struct bn_report *report);
+/* Is any of these processes, a tree with its root first, suspended or in a session other than the one with the report `own` (NULL: none)?
+ * Of two sessions that begin at once, the one published later sees the other. -EALREADY or -EBUSY, with a text for a person. */
+int bn_tree_is_free(struct daemon *d, const struct bn_report *own, const pid_t *tree, size_t n,
+                    struct bn_error *err);
 /* Wait for the session of a root pid, or (root 0) of an image directory: one that runs, or the next one, however short it is.
  * bn_await puts `a` on the list, bn_awaited waits up to timeout_ms (NULL: not yet; the reference stays with `a`),
  * bn_await_end takes it off and drops the reference. */

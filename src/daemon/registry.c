@@ -1,6 +1,7 @@
 #include "daemon/daemon.h"
 
 #include "base/cleanup.h"
+#include "base/proc.h"
 
 #include <stdlib.h>
 #include <sys/eventfd.h>
@@ -212,6 +213,57 @@ void bn_reap_suspended(struct daemon *d)
         bn_suspended_free(dead->s);
         entry_free(dead);
     }
+}
+
+static bool contains(const pid_t *pids, size_t n, pid_t pid)
+{
+    for (size_t i = 0; i < n; i++)
+        if (pids[i] == pid)
+            return true;
+    return false;
+}
+
+static bool below(pid_t root, pid_t pid)
+{
+    bn_auto_free pid_t *pids = NULL;
+    size_t n = 0;
+    return bn_proc_tree(root, &pids, &n) == 0 && contains(pids, n, pid);
+}
+
+static bool touches(const struct suspended_entry *e, const pid_t *tree, size_t n)
+{
+    if (contains(tree, n, e->root))
+        return true;
+    for (size_t i = 0; i < n; i++)
+        if (works_on(e, tree[i]) || (e->s && bn_targets_index(bn_suspended_targets(e->s), tree[i]) >= 0))
+            return true;
+    return false;
+}
+
+int bn_tree_is_free(struct daemon *d, const struct bn_report *own, const pid_t *tree, size_t n,
+                    struct bn_error *err)
+{
+    int r = 0;
+    pthread_mutex_lock(&d->lock);
+    for (struct suspended_entry *e = d->suspended; e && r == 0; e = e->next)
+        if (touches(e, tree, n))
+            r = e->s ? bn_error_set(err, EALREADY, "session",
+                                    "process %d is suspended already: 'bennu resume %d' first", e->root,
+                                    e->root)
+                     : bn_error_set(err, EBUSY, "session",
+                                    "process %d is being brought back: try again when it runs", e->root);
+    struct published *p = d->published; /* the latest first */
+    while (own && p && p->report != own)
+        p = p->next;
+    for (p = own && p ? p->next : p; p && r == 0; p = p->next)
+        if (p->root > 0 && (contains(tree, n, p->root) || below(p->root, tree[0])))
+            r = bn_error_set(
+                err, EBUSY, "session",
+                "bennud is at work on process %d already (a dump, suspend or resume): try again when it "
+                "is done",
+                p->root);
+    pthread_mutex_unlock(&d->lock);
+    return r;
 }
 
 /* True unless it stays suspended. */

@@ -126,6 +126,14 @@ static void session_close(struct client *c, const struct bn_error *err)
     c->report = NULL;
 }
 
+/* For what begins to work on a tree. A tree that has gone is left to the work itself to find out. */
+static int check_free(struct client *c, pid_t root, struct bn_error *err)
+{
+    bn_auto_free pid_t *tree = NULL;
+    size_t n = 0;
+    return bn_proc_tree(root, &tree, &n) < 0 || n == 0 ? 0 : bn_tree_is_free(c->d, c->report, tree, n, err);
+}
+
 static void write_phases(struct client *c, struct bn_writer *reply)
 {
     struct bn_phases phases;
@@ -208,7 +216,9 @@ static int on_check(struct client *c, struct request *rq, struct bn_writer *repl
 {
     pid_t pid = (pid_t)bn_read_u32(&rq->body);
     struct bn_targets targets = {0};
-    int r = bn_targets_find(c->d->env.gpu, pid, 0, &targets, err);
+    int r = check_free(c, pid, err);
+    if (r == 0)
+        r = bn_targets_find(c->d->env.gpu, pid, 0, &targets, err);
     if (r == 0)
         r = bn_targets_check(&targets, 0, err);
     uint32_t agents = 0;
@@ -225,20 +235,17 @@ static int on_suspend(struct client *c, struct request *rq, struct bn_writer *re
 {
     pid_t pid = (pid_t)bn_read_u32(&rq->body);
     uint32_t tier = bn_read_u32(&rq->body), flags = bn_read_u32(&rq->body);
-    struct suspended_entry *e;
     struct bn_suspended *s = NULL;
     if (tier != BN_TIER_HOST)
         return bn_error_set(err, EINVAL, "suspend", "this bennud knows the host tier only");
-    int r = bn_take_suspended(c->d, pid, &e, &s);
-    if (r == 0)
-        bn_return_suspended(c->d, e, s);
-    if (r != -ENOENT)
-        return bn_error_set(err, EALREADY, "suspend", "process %d is suspended already: 'bennu resume %d'",
-                            pid, pid);
-
-    r = session_open(c, pid, -1, err);
+    int r = session_open(c, pid, -1, err);
     if (r < 0)
         return r;
+    r = check_free(c, pid, err);
+    if (r < 0) {
+        session_close(c, err);
+        return r;
+    }
     struct pump pump;
     pump_start(&pump, c, c->report, flags & BN_CTL_F_PROGRESS);
     r = bn_suspend(&c->d->env, pid, 0, c->report, &c->gone, &s, err);
@@ -318,6 +325,11 @@ static int on_dump_begin(struct client *c, struct request *rq, struct bn_writer 
     int r = session_open(c, root, -1, err);
     if (r < 0)
         return r;
+    r = check_free(c, root, err);
+    if (r < 0) {
+        session_close(c, err);
+        return r;
+    }
     struct bn_suspended *left;
     unsigned how =
         (flags & BN_CTL_F_DRIVER_PATH ? BN_FIND_DRIVER_PATH : 0) | (flags & BN_CTL_F_SYNC ? BN_DUMP_SYNC : 0);

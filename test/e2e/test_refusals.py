@@ -2,8 +2,12 @@
 byte as it was, and nothing is left that looks like a checkpoint."""
 
 import contextlib
+import errno
 import os
+import re
 import shutil
+import socket
+import struct
 import subprocess
 
 import harness
@@ -122,6 +126,49 @@ class Processes(Refusal):
         self.refused(1, "dump", program.pid, self.path("ck"), says=f"bennu resume {program.pid}")
         self.no_checkpoint(self.path("ck"))
         self.ok("resume", program.pid)
+        program.go_on()
+
+
+    def test_in_another_session(self):
+        self.start_daemon()
+        program = self.tree()
+        child = harness.children_of(program.pid)[0]
+        header = harness.text_of(f"{harness.SOURCE}/src/wire/control.h")
+        magic = int(re.search(r"BN_CTL_MAGIC\s+(0x[0-9a-f]+)u", header)[1], 16)
+        version, begin = (int(re.search(rf"{name}[\s=]+(\d+)", header)[1])
+                          for name in ("BN_CTL_VERSION", "BN_CTL_DUMP_BEGIN"))
+        head = struct.Struct("<IHHIi32s512s")
+        os.mkdir(self.path("held"))
+
+        def begin_dump(pid):
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.addCleanup(sock.close)
+            sock.connect(f"{self.rundir}/bennud.sock")
+            folder = os.open(self.path("held"), os.O_RDONLY)
+            socket.send_fds(sock, [head.pack(magic, version, begin, 0, 0, b"", b"") + struct.pack("<II", pid, 0)], [folder])
+            os.close(folder)
+            fields = head.unpack_from(sock.recv(65536))
+            return sock, fields[4], fields[6].rstrip(b"\0").decode()
+
+        session, code, text = begin_dump(program.pid)
+        self.assertEqual(code, 0, text)
+        for pid in (program.pid, child):
+            says = ("at work", str(program.pid))
+            self.refused(1, "suspend", pid, says=says)
+            self.refused(1, "dump", pid, self.path("ck"), says=says)
+            other, code, text = begin_dump(pid)
+            other.close()
+            self.assertEqual(code, errno.EBUSY)
+            self.assertIn("at work", text)
+        session.close()
+        program.go_on()
+        harness.wait_for(lambda: os.listdir(self.path("held")) == [], "nothing of the dump is left")
+        self.ok("suspend", child)
+        other, code, text = begin_dump(program.pid)
+        other.close()
+        self.assertEqual(code, errno.EALREADY)
+        self.assertIn(f"bennu resume {child}", text)
+        self.ok("resume", child)
         program.go_on()
 
 
