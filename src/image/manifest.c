@@ -162,3 +162,18 @@ bool bn_manifest_chunk_owner(const struct bn_manifest *m, uint32_t chunk, struct
     }
     return false;
 }
+
+const struct bn_image_pack *bn_manifest_find_pack(const struct bn_manifest *m, uint32_t index)
+{
+    uint32_t low = 0, high = m->n_packs;
+    while (low < high) {
+        uint32_t mid = low + (high - low) / 2;
+        if (m->packs[mid].index == index)
+            return &m->packs[mid];
+        if (m->packs[mid].index < index)
+            low = mid + 1;
+        else
+            high = mid;
+    }
+    return NULL;
+}

@@ -157,6 +157,9 @@ struct bn_chunk_owner {
 /* False: no segment has it. `m` must be valid (decoded, or laid out). */
 bool bn_manifest_chunk_owner(const struct bn_manifest *m, uint32_t chunk, struct bn_chunk_owner *out);
 
+/* The pack with this number, or NULL. The packs must be in the order of their numbers, as those of a valid manifest are. */
+const struct bn_image_pack *bn_manifest_find_pack(const struct bn_manifest *m, uint32_t index);
+
 /* Check everything that decoding checks. -EINVAL (E2BIG for limits) and a message that says what is wrong. */
 int bn_manifest_validate(const struct bn_manifest *m, struct bn_error *err);
 

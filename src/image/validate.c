@@ -109,21 +109,6 @@ static int check_processes(const struct bn_manifest *m, struct bn_error *err)
     return check_instances(m, err);
 }
 
-static const struct bn_image_pack *find_pack(const struct bn_manifest *m, uint32_t index)
-{
-    uint32_t low = 0, high = m->n_packs;
-    while (low < high) {
-        uint32_t mid = low + (high - low) / 2;
-        if (m->packs[mid].index == index)
-            return &m->packs[mid];
-        if (m->packs[mid].index < index)
-            low = mid + 1;
-        else
-            high = mid;
-    }
-    return NULL;
-}
-
 static int check_chunk(const struct bn_manifest *m, uint32_t index, struct bn_error *err)
 {
     const struct bn_image_chunk *c = &m->chunks[index];
@@ -138,7 +123,7 @@ static int check_chunk(const struct bn_manifest *m, uint32_t index, struct bn_er
             return BAD(err, "chunk %u is zero and yet has a place", index);
         return 0;
     }
-    const struct bn_image_pack *pack = find_pack(m, c->pack);
+    const struct bn_image_pack *pack = bn_manifest_find_pack(m, c->pack);
     if (!pack)
         return BAD(err, "chunk %u is in pack %u, which is not listed", index, c->pack);
     if (c->length != BN_CHUNK_SIZE)

@@ -105,17 +105,8 @@ void bn_pack_reader_free(struct bn_pack_reader *r)
 
 static int fd_of(const struct bn_pack_reader *r, uint32_t pack)
 {
-    uint32_t low = 0, high = r->m->n_packs;
-    while (low < high) {
-        uint32_t mid = low + (high - low) / 2;
-        if (r->m->packs[mid].index == pack)
-            return r->fds[mid];
-        if (r->m->packs[mid].index < pack)
-            low = mid + 1;
-        else
-            high = mid;
-    }
-    return -1;
+    const struct bn_image_pack *p = bn_manifest_find_pack(r->m, pack);
+    return p ? r->fds[p - r->m->packs] : -1;
 }
 
 int bn_pack_reader_read_unverified(struct bn_pack_reader *r, uint32_t chunk, void *dst, struct bn_error *err)
