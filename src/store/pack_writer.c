@@ -321,7 +321,7 @@ int bn_pack_writer_add_batch(struct bn_pack_writer *w, const struct bn_pack_item
     for (size_t i = 0; i < n; i++) {
         const struct bn_pack_item *it = &items[i];
         struct bn_hash h;
-        bool zero = !it->data || bn_is_zero(it->data, BN_CHUNK_SIZE), fresh;
+        bool zero = !it->data || bn_is_zero(it->data, BN_CHUNK_SIZE), fresh = false;
         if (!zero)
             bn_hash_chunk(w->key, it->data, BN_CHUNK_SIZE, &h);
         int r = place(w, it->chunk, zero ? NULL : &h, &records[todo], &fresh);
