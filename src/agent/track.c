@@ -81,7 +81,11 @@ void bn_track_drop(void)
 {
     struct bn_track *t = &bn_track;
     BN_TREE_EACH(&t->segs, n)
-    bn_kept_close(&BN_CONTAINER(n, struct bn_seg, by_id)->kept);
+    {
+        struct bn_seg *seg = BN_CONTAINER(n, struct bn_seg, by_id);
+        bn_kept_close(&seg->kept);
+        bn_kept_close(&seg->offered);
+    }
     bn_pool_drop(&t->seg_pool);
     bn_pool_drop(&t->map_pool);
     bn_pool_drop(&t->alloc_pool);

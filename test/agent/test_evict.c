@@ -679,6 +679,7 @@ static void test_fork(void **state)
     struct child c;
     child_start(&c, NULL);
     populate(&c);
+    child_do(&c, "ipcget 0"); /* which keeps a descriptor */
     child_do(&c, "fork");
     child_do(&c, "check 1");
     struct bn_agent *a = attach(&c);
