@@ -21,6 +21,7 @@ const char *bn_real_path(void) BN_API_LOCAL;
 const char *bn_real_reason(void) BN_API_LOCAL;
 /* procaddr.c: add a name that the table lacks to the page. */
 void bn_unknown_name(const char *name) BN_API_LOCAL;
+void bn_procaddr_after_fork(void) BN_API_LOCAL;
 
 /* evict.c: what the controller asks for. Agent's thread alone. 0 or negative errno with text and CUresult. */
 struct bn_answer {

@@ -287,7 +287,9 @@ static void after_fork_in_child(void)
     bn_kept_close(&near);
     bn_kept_close(&far);
     bn_kept_close(&memfd);
+    bn_fd_limit_restore();
     bn_track_drop();
+    bn_procaddr_after_fork();
     bn_evict_after_fork();
     bn_idle_after_fork();
     bn_gate_after_fork();

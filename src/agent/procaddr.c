@@ -119,6 +119,11 @@ void bn_unknown_name(const char *name)
     bn_unlock(&unknown_lock);
 }
 
+void bn_procaddr_after_fork(void)
+{
+    unknown_lock.word = 0; /* a thread that is not here may have held it */
+}
+
 static void substitute(const char *symbol, void **pfn)
 {
     if (!pfn || !*pfn)
