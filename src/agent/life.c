@@ -159,8 +159,10 @@ static void open_if_alone(void)
     if (!bn_kept_valid(&memfd) || flock(memfd.fd, LOCK_EX | LOCK_NB) < 0)
         return;
     struct pollfd p = {.fd = near.fd, .events = POLLIN};
-    if (poll(&p, 1, 0) == 0) /* nothing that it asked for is left to be done */
+    if (poll(&p, 1, 0) == 0) { /* nothing that it asked for is left to be done */
         bn_control_open();
+        drain_far(); /* an answer that it did not read may hold descriptors of the memory */
+    }
     flock(memfd.fd, LOCK_UN);
 }
 
@@ -201,6 +203,8 @@ static void *agent_main(void *unused)
         if (bn_control_handle(packet, (size_t)len, fds, nfds, &a))
             answer(&a);
     }
+    if (bn_control_open_alone()) /* nobody can ask for it any more */
+        bn_control_open();
     stepped_aside("the program closed the agent's descriptors");
     return NULL;
 }
