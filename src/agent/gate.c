@@ -109,6 +109,10 @@ struct bn_gate_node *bn_gate_register(void)
     } else {
         __atomic_store_n(&overflowed, 1, __ATOMIC_SEQ_CST);
         n = bn_gate_self = &overflow;
+        /* It may have closed just before; from now on it cannot. */
+        uint32_t word;
+        while ((word = __atomic_load_n(&bn_gate_word, __ATOMIC_SEQ_CST)) & BN_GATE_CLOSED)
+            bn_futex_wait(&bn_gate_word, word, 0);
     }
     errno = saved;
     return n;
