@@ -111,18 +111,18 @@ bool bn_agent_attached(const struct bn_agent *a)
     return a->sock >= 0;
 }
 
-static int wait_readable(struct bn_agent *a, uint64_t deadline, struct bn_error *err)
+static int wait_for(struct bn_agent *a, short events, uint64_t deadline, struct bn_error *err)
 {
     for (;;) {
         uint64_t now = bn_now_ns();
         int left = now >= deadline ? 0 : (int)((deadline - now) / 1000000u) + 1;
-        struct pollfd p[2] = {{.fd = a->sock, .events = POLLIN}, {.fd = a->pidfd, .events = POLLIN}};
+        struct pollfd p[2] = {{.fd = a->sock, .events = events}, {.fd = a->pidfd, .events = POLLIN}};
         int n = poll(p, 2, left);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0)
             return bn_error_set(err, errno, "agent", "cannot wait for process %d: %m", a->pid);
-        if (p[0].revents)
+        if (p[0].revents && left > 0)
             return 0;
         if (p[1].revents)
             return bn_error_set(err, ESRCH, "agent", "process %d ended", a->pid);
@@ -133,11 +133,29 @@ static int wait_readable(struct bn_agent *a, uint64_t deadline, struct bn_error 
     }
 }
 
-/* One packet, checked: sizes, counts, terminated text. */
+/* The process has this end as well, and can fill or empty the queue: a call that waits might wait for ever. */
+static int send_by(struct bn_agent *a, const struct iovec *iov, size_t niov, const int *fds, size_t nfds,
+                   uint64_t deadline, struct bn_error *err)
+{
+    int r;
+    while ((r = bn_packet_try_send(a->sock, iov, niov, fds, nfds)) == -EAGAIN) {
+        r = wait_for(a, POLLOUT, deadline, err);
+        if (r < 0)
+            return r;
+    }
+    if (r < 0)
+        return bn_error_set(err, r, "agent", "cannot send to the agent in process %d: %s", a->pid,
+                            strerror(-r));
+    return 0;
+}
+
+/* One packet, checked: sizes, counts, terminated text. -EAGAIN without an error: somebody else took it. */
 static int receive(struct bn_agent *a, struct message *m, struct bn_error *err)
 {
     size_t len;
-    int r = bn_packet_recv(a->sock, a->buf, sizeof(a->buf), &len, m->fds, BN_AGENT_BATCH, &m->nfds);
+    int r = bn_packet_try_recv(a->sock, a->buf, sizeof(a->buf), &len, m->fds, BN_AGENT_BATCH, &m->nfds);
+    if (r == -EAGAIN)
+        return r;
     if (r == -EPIPE)
         return bn_error_set(err, ESRCH, "agent", "process %d ended", a->pid);
     if (r < 0)
@@ -166,17 +184,18 @@ static int call(struct bn_agent *a, uint16_t type, uint64_t arg, const struct bn
     struct bn_agent_msg req = {
         .magic = BN_AGENT_MAGIC, .type = type, .id = ++a->next_id, .count = (uint32_t)count, .arg = arg};
     struct iovec iov[2] = {{&req, sizeof(req)}, {(void *)segs, count * sizeof(*segs)}};
-    int r = bn_packet_send(a->sock, iov, count ? 2 : 1, fds, fds ? count : 0);
-    if (r < 0)
-        return bn_error_set(err, r, "agent", "cannot send to the agent in process %d: %s", a->pid,
-                            strerror(-r));
-
     uint64_t deadline = bn_now_ns() + (uint64_t)timeout_ms * 1000000u;
+    int r = send_by(a, iov, count ? 2 : 1, fds, fds ? count : 0, deadline, err);
+    if (r < 0)
+        return r;
+
     for (;;) {
-        r = wait_readable(a, deadline, err);
+        r = wait_for(a, POLLIN, deadline, err);
         if (r < 0)
             return r;
         r = receive(a, m, err);
+        if (r == -EAGAIN)
+            continue;
         if (r < 0)
             return r;
         if (m->head.reply && m->head.id == req.id && m->head.type == type)

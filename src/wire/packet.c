@@ -10,7 +10,7 @@ union control {
     char buf[CMSG_SPACE(BN_PACKET_FDS_MAX * sizeof(int))];
 };
 
-int bn_packet_send(int sock, const struct iovec *iov, size_t niov, const int *fds, size_t nfds)
+static int packet_send(int sock, const struct iovec *iov, size_t niov, const int *fds, size_t nfds, int flags)
 {
     if (nfds > BN_PACKET_FDS_MAX)
         return -E2BIG;
@@ -27,9 +27,19 @@ int bn_packet_send(int sock, const struct iovec *iov, size_t niov, const int *fd
     }
     ssize_t n;
     do
-        n = sendmsg(sock, &msg, MSG_NOSIGNAL);
+        n = sendmsg(sock, &msg, flags | MSG_NOSIGNAL);
     while (n < 0 && errno == EINTR);
     return n < 0 ? -errno : 0;
+}
+
+int bn_packet_send(int sock, const struct iovec *iov, size_t niov, const int *fds, size_t nfds)
+{
+    return packet_send(sock, iov, niov, fds, nfds, 0);
+}
+
+int bn_packet_try_send(int sock, const struct iovec *iov, size_t niov, const int *fds, size_t nfds)
+{
+    return packet_send(sock, iov, niov, fds, nfds, MSG_DONTWAIT);
 }
 
 void bn_close_all(const int *fds, size_t n)
@@ -55,7 +65,8 @@ static void take_fds(struct msghdr *msg, int *fds, size_t max, size_t *nfds)
     }
 }
 
-int bn_packet_recv(int sock, void *buf, size_t cap, size_t *len, int *fds, size_t max, size_t *nfds)
+static int packet_recv(int sock, void *buf, size_t cap, size_t *len, int *fds, size_t max, size_t *nfds,
+                       int flags)
 {
     union control control;
     struct iovec iov = {buf, cap};
@@ -63,7 +74,7 @@ int bn_packet_recv(int sock, void *buf, size_t cap, size_t *len, int *fds, size_
         .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.buf, .msg_controllen = sizeof(control)};
     ssize_t n;
     do
-        n = recvmsg(sock, &msg, MSG_CMSG_CLOEXEC);
+        n = recvmsg(sock, &msg, flags | MSG_CMSG_CLOEXEC);
     while (n < 0 && errno == EINTR);
     if (n < 0)
         return -errno;
@@ -83,4 +94,14 @@ int bn_packet_recv(int sock, void *buf, size_t cap, size_t *len, int *fds, size_
         *nfds = got;
     *len = n > 0 ? (size_t)n : 0;
     return r;
+}
+
+int bn_packet_recv(int sock, void *buf, size_t cap, size_t *len, int *fds, size_t max, size_t *nfds)
+{
+    return packet_recv(sock, buf, cap, len, fds, max, nfds, 0);
+}
+
+int bn_packet_try_recv(int sock, void *buf, size_t cap, size_t *len, int *fds, size_t max, size_t *nfds)
+{
+    return packet_recv(sock, buf, cap, len, fds, max, nfds, MSG_DONTWAIT);
 }

@@ -465,6 +465,32 @@ static void test_unread_answers(void **state)
     child_end(&c);
 }
 
+/* A process fills the queue that requests go into, and reads none: whoever talks to it is not held up for ever. */
+static void test_full_queue(void **state)
+{
+    struct child c;
+    child_start(&c, NULL);
+    struct bn_agent *a = attach(&c);
+    int fd = far_end(&c, a);
+    struct bn_agent_msg head = {.magic = BN_AGENT_MAGIC, .type = BN_AGENT_HELLO, .id = 1};
+    struct iovec iov = {&head, sizeof(head)};
+    int r;
+    bn_agent_detach(a);
+    kill(c.pid, SIGSTOP);
+    while (bn_proc_state(c.pid, c.answer) == 0 && c.answer[0] != 'T')
+        usleep(1000);
+    while ((r = bn_packet_try_send(fd, &iov, 1, NULL, 0)) == 0)
+        ;
+    assert_int_equal(r, -EAGAIN);
+    struct bn_error why = BN_ERROR_INIT;
+    assert_int_equal(bn_agent_attach(a, &why), -ETIMEDOUT);
+    kill(c.pid, SIGCONT);
+    close(fd);
+    CHECK(bn_agent_attach(a, err));
+    bn_agent_free(a);
+    child_end(&c);
+}
+
 /* ---- descriptors ------------------------------------------------------------------------------------- */
 
 static void test_low_limit(void **state)
@@ -707,6 +733,7 @@ int main(void)
         cmocka_unit_test(test_nothing_allocated),
         cmocka_unit_test(test_malformed),
         cmocka_unit_test(test_unread_answers),
+        cmocka_unit_test(test_full_queue),
         cmocka_unit_test(test_low_limit),
         cmocka_unit_test(test_no_descriptors_at_all),
         cmocka_unit_test(test_fork),
