@@ -265,6 +265,12 @@ static CUresult free_converted(CUdeviceptr p, struct bn_alloc *a)
     return CUDA_SUCCESS;
 }
 
+static void uncount_native(const struct bn_alloc *a)
+{
+    struct bn_agent_page *page = bn_agent_page();
+    bn_page_add(a->managed ? &page->blockers.managed_bytes : &page->native_bytes, -(int64_t)a->bytes);
+}
+
 CUresult bn_wrap_cuMemFree_v2(CUdeviceptr dptr)
 {
     BN_GATED();
@@ -274,9 +280,8 @@ CUresult bn_wrap_cuMemFree_v2(CUdeviceptr dptr)
     if (a.seg)
         return free_converted(dptr, &a);
     CUresult r = bn_real.cuMemFree_v2(dptr);
-    struct bn_agent_page *page = bn_agent_page();
     if (r == CUDA_SUCCESS)
-        bn_page_add(a.managed ? &page->blockers.managed_bytes : &page->native_bytes, -(int64_t)a.bytes);
+        uncount_native(&a);
     else
         unclaim(dptr, &a);
     return r;
@@ -296,7 +301,7 @@ static CUresult free_async(CUdeviceptr dptr, CUstream stream, CUresult (*wait)(C
     else if (a.seg)
         r = free_converted(dptr, &a);
     else
-        bn_page_add(&bn_agent_page()->native_bytes, -(int64_t)a.bytes);
+        uncount_native(&a);
     return r;
 }
 
