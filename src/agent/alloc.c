@@ -114,8 +114,8 @@ static CUresult try_convert(size_t bytes, CUdeviceptr *out)
         if (r != CUDA_SUCCESS)
             return r;
     }
+    bn_free_later();
     BN_LOCKED();
-    bn_free_later_locked();
     return convert_locked(dev, ctx, bytes, out);
 }
 
@@ -227,9 +227,9 @@ static void unclaim(CUdeviceptr p, const struct bn_alloc *was)
 }
 
 /* The driver's cuMemFree waits for work that may use the memory; unmapping does not. */
-static CUresult wait_for_users(const struct bn_alloc *a)
+static CUresult wait_for_users(CUcontext ctx)
 {
-    CUresult r = bn_ctx_synchronize(a->ctx);
+    CUresult r = bn_ctx_synchronize(ctx);
     if (r != CUDA_SUCCESS || bn_load(&bn_track.peers) == NULL)
         return r;
     CUcontext users[64];
@@ -237,7 +237,7 @@ static CUresult wait_for_users(const struct bn_alloc *a)
     {
         BN_LOCKED();
         for (struct bn_peer *p = bn_track.peers; p && n < 64; p = p->next)
-            if (p->to == a->ctx)
+            if (p->to == ctx)
                 users[n++] = p->from;
     }
     for (unsigned i = 0; i < n && r == CUDA_SUCCESS; i++)
@@ -245,10 +245,37 @@ static CUresult wait_for_users(const struct bn_alloc *a)
     return r;
 }
 
+static void free_later_locked(struct bn_seg *seg)
+{
+    seg->next = bn_track.later;
+    bn_store(&bn_track.later, seg);
+}
+
+void bn_free_later(void)
+{
+    while (bn_load(&bn_track.later)) {
+        struct bn_seg *seg;
+        {
+            BN_LOCKED();
+            seg = bn_track.later;
+            if (!seg || bn_track.captures.count)
+                return;
+            bn_store(&bn_track.later, seg->next);
+        }
+        CUresult r = seg->user ? wait_for_users(seg->user) : CUDA_SUCCESS;
+        BN_LOCKED();
+        if (r == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) { /* one has just begun */
+            free_later_locked(seg);
+            return;
+        }
+        bn_seg_destroy_locked(seg);
+    }
+}
+
 static CUresult free_converted(CUdeviceptr p, struct bn_alloc *a)
 {
     bool capturing = bn_capture_any();
-    CUresult r = capturing ? bn_capture_probe() : wait_for_users(a);
+    CUresult r = capturing ? bn_capture_probe() : wait_for_users(a->ctx);
     if (r != CUDA_SUCCESS) {
         unclaim(p, a);
         return r;
@@ -257,8 +284,8 @@ static CUresult free_converted(CUdeviceptr p, struct bn_alloc *a)
     BN_LOCKED();
     if (capturing) {
         /* A context with a capture in it cannot be waited for: the memory goes when the capture has ended. */
-        a->seg->next = bn_track.later;
-        bn_track.later = a->seg;
+        a->seg->user = a->ctx;
+        free_later_locked(a->seg);
     } else {
         bn_seg_destroy_locked(a->seg);
     }

@@ -38,7 +38,15 @@ static void remove_locked(uint64_t key)
     bn_tree_remove(&bn_track.captures, n);
     bn_pool_put(&bn_track.node_pool, n);
     publish_locked();
-    bn_free_later_locked();
+}
+
+static void forget(uint64_t key)
+{
+    {
+        BN_LOCKED();
+        remove_locked(key);
+    }
+    bn_free_later();
 }
 
 bool bn_capture_any(void)
@@ -104,10 +112,8 @@ BEGIN(cuStreamBeginCaptureToGraph_ptsz, true,
 /* A capture that was spoilt ends with an error, a call by the wrong thread does not end it: the driver knows. */
 static void after_end(CUresult r, CUstream stream, bool per_thread)
 {
-    if (bn_capture_any() && (r == CUDA_SUCCESS || ended(stream))) {
-        BN_LOCKED();
-        remove_locked(key_of(stream, per_thread));
-    }
+    if (bn_capture_any() && (r == CUDA_SUCCESS || ended(stream)))
+        forget(key_of(stream, per_thread));
 }
 
 CUresult bn_wrap_cuStreamEndCapture(CUstream hStream, CUgraph *phGraph)
@@ -128,10 +134,8 @@ CUresult bn_wrap_cuStreamEndCapture_ptsz(CUstream hStream, CUgraph *phGraph)
 
 static void stream_gone(CUresult r, CUstream stream)
 {
-    if (r == CUDA_SUCCESS && bn_capture_any()) {
-        BN_LOCKED();
-        remove_locked(key_of(stream, false));
-    }
+    if (r == CUDA_SUCCESS && bn_capture_any())
+        forget(key_of(stream, false));
 }
 
 CUresult bn_wrap_cuStreamDestroy(CUstream hStream)

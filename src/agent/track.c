@@ -300,6 +300,9 @@ void bn_ctx_gone_locked(CUcontext ctx, bool forget)
         }
         bn_pool_put(&bn_track.alloc_pool, a);
     }
+    for (struct bn_seg *seg = bn_track.later; seg; seg = seg->next)
+        if (seg->user == ctx)
+            seg->user = NULL;
     if (forget)
         forget_ctx(ctx);
 }

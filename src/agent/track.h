@@ -55,6 +55,7 @@ struct bn_seg {
     struct bn_kept offered; /* for openers of its IPC handle */
     bool reserved;          /* the address ranges of its mappings are ours */
     struct bn_seg *next;    /* on the list of those to be freed later */
+    CUcontext user;         /* there: whose work may still use it. NULL: nobody's */
 };
 
 struct bn_map {
@@ -179,5 +180,7 @@ void bn_ctx_unborrow(void) BN_API_LOCAL;
 void bn_ipc_withdraw_locked(struct bn_seg *seg) BN_API_LOCAL;
 void bn_ipc_offer_again_locked(struct bn_seg *seg) BN_API_LOCAL;
 
-/* Free what the application freed during captures that have ended since. */
+/* Free what the application freed during captures that have ended since. Waits for work that may use it; the second one is for
+ * whoever has waited already. */
+void bn_free_later(void) BN_API_LOCAL;
 void bn_free_later_locked(void) BN_API_LOCAL;

@@ -489,6 +489,43 @@ static void test_capture_rules(void **state)
     assert_int_equal(cu.cuMemFree_v2(p), 0);
 }
 
+static uint64_t seen_at_work;
+
+static void look_after_a_while(void *unused)
+{
+    usleep(100000); /* time to take the memory away too early */
+    seen_at_work = page().gpu[0].segments;
+}
+
+/* Memory freed during a capture may be in use by work outside of it, here in another context, for longer than the capture
+ * lasts. */
+static void test_free_during_capture_waits(void **state)
+{
+    CUstream captured, busy;
+    CUgraph graph;
+    CUdeviceptr p;
+    CUcontext other;
+    assert_int_equal(cu.cuStreamCreate(&busy, CU_STREAM_NON_BLOCKING), 0);
+    assert_int_equal(cu.cuMemAlloc_v2(&p, 4 * MIB), 0);
+    assert_int_equal(cu.cuCtxCreate_v2(&other, 0, 0), 0);
+    assert_int_equal(cu.cuStreamCreate(&captured, CU_STREAM_NON_BLOCKING), 0);
+    uint64_t before = page().gpu[0].segments;
+    assert_int_equal(cu.cuStreamBeginCapture_v2(captured, CU_STREAM_CAPTURE_MODE_RELAXED), 0);
+    assert_int_equal(cu.cuCtxSetCurrent(ctx), 0);
+    assert_int_equal(cu.cuLaunchHostFunc(busy, look_after_a_while, NULL), 0);
+    assert_int_equal(cu.cuCtxSetCurrent(other), 0);
+    assert_int_equal(cu.cuMemFree_v2(p), 0);
+    assert_int_equal(cu.cuStreamEndCapture(captured, &graph), 0);
+    assert_int_equal(cu.cuCtxSetCurrent(ctx), 0);
+    assert_int_equal(cu.cuStreamSynchronize(busy), 0);
+    assert_int_equal(seen_at_work, before);
+    assert_int_equal(page().gpu[0].segments, before - 1);
+    assert_int_equal(cu.cuGraphDestroy(graph), 0);
+    assert_int_equal(cu.cuStreamDestroy_v2(busy), 0);
+    assert_int_equal(cu.cuCtxDestroy_v2(other), 0);
+    assert_int_equal(cu.cuCtxSetCurrent(ctx), 0);
+}
+
 int main(void)
 {
     char path[] = "/tmp/bennu-agent-test-XXXXXX";
@@ -521,6 +558,7 @@ int main(void)
         cmocka_unit_test(test_threads_allocate),
         cmocka_unit_test(test_spawn),
         cmocka_unit_test(test_capture_rules),
+        cmocka_unit_test(test_free_during_capture_waits),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     bn_agent_free(agent);
