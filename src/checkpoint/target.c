@@ -158,7 +158,7 @@ static int check_page(const struct bn_target *t, const struct bn_agent_page *p, 
             err, ENOTSUP, "check",
             "process %d (%s) uses NVLink multicast memory, which cannot be restored: set NCCL_NVLS_ENABLE=0",
             t->pid, t->comm);
-    if ((flags & BN_FIND_DRIVER_PATH) && p->epoch > 0)
+    if (((flags & BN_FIND_DRIVER_PATH) || p->state == BN_AGENT_INACTIVE) && p->epoch > 0)
         return bn_error_set(
             err, ENOTSUP, "check",
             "process %d (%s) was resumed by Bennu before: the driver's own path would lose it", t->pid,
