@@ -16,9 +16,8 @@ struct bn_agent_page *bn_agent_page(void) BN_API_LOCAL;
 /* A descriptor of the agent's own that has nothing to do with the driver, or -1. */
 int bn_agent_placeholder(void) BN_API_LOCAL;
 
-/* real.c: the driver in use, or why there is none. */
+/* real.c: the driver in use. */
 const char *bn_real_path(void) BN_API_LOCAL;
-const char *bn_real_reason(void) BN_API_LOCAL;
 /* procaddr.c: add a name that the table lacks to the page. */
 void bn_unknown_name(const char *name) BN_API_LOCAL;
 void bn_procaddr_after_fork(void) BN_API_LOCAL;

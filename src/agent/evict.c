@@ -249,7 +249,7 @@ static CUresult map_one(struct bn_map *m)
     return r;
 }
 
-/* Map what is not mapped; on error the mappings that this call made are gone again. */
+/* Map what is not mapped; on error what could be mapped until then stays so. */
 static CUresult map_segment(struct bn_seg *seg)
 {
     for (struct bn_map *m = seg->maps; m; m = m->next) {

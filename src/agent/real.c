@@ -32,15 +32,10 @@ extern const char bn_agent_version[] __attribute__((visibility("default")));
 const char bn_agent_version[] = BENNU_AGENT_VERSION;
 
 static char driver_path[256];
-static char reason[256];
 
 const char *bn_real_path(void)
 {
     return driver_path;
-}
-const char *bn_real_reason(void)
-{
-    return reason;
 }
 
 /* One search: handle is set when it has succeeded. */
@@ -162,7 +157,7 @@ static const char *cache_string(const char *base, size_t len, uint32_t at)
 static bool try_cache_bytes(struct search *s, const char *base, size_t len)
 {
     static const char magic[] = "glibc-ld.so.cache1.1";
-    const char *head = memmem(base, len < 4096 ? len : len, magic, sizeof(magic) - 1);
+    const char *head = memmem(base, len, magic, sizeof(magic) - 1);
     if (!head || len - (size_t)(head - base) < sizeof(struct cache_head))
         return false;
     len -= (size_t)(head - base);
@@ -235,17 +230,13 @@ static void find_driver(struct search *s)
 {
     const char *given = environment("BENNU_DRIVER");
     if (given && given[0]) {
-        if (!try_file(s, given))
-            snprintf(reason, sizeof(reason), "BENNU_DRIVER names %.150s, which is not a loadable CUDA driver",
-                     given);
+        try_file(s, given);
         return;
     }
     const char *kept = environment("BENNU_SELF_REAL");
     if (kept && kept[0] && try_file(s, kept))
         return;
-    if (try_file(s, BENNU_REAL_DRIVER) || try_search_path(s) || try_cache(s) || try_known_folders(s))
-        return;
-    snprintf(reason, sizeof(reason), "no " SONAME " of a real driver was found");
+    (void)(try_file(s, BENNU_REAL_DRIVER) || try_search_path(s) || try_cache(s) || try_known_folders(s));
 }
 
 void bn_real_resolve(void)

@@ -11,7 +11,7 @@
 int bn_proc_start_time(pid_t pid, uint64_t *ticks);
 /* The state letter of /proc/PID/stat (R S D T t Z …). */
 int bn_proc_state(pid_t pid, char *state);
-/* The pid as the process itself sees it (last NSpid), and its tracer in our namespace (0: none). Either may be NULL. */
+/* The pid as the process itself sees it (last NSpid), and its tracer in our namespace (0: none). */
 int bn_proc_inner_pid(pid_t pid, pid_t *inner);
 int bn_proc_tracer(pid_t pid, pid_t *tracer);
 /* The thread of `pid` that sees itself as `inner`, in our pid namespace. -ESRCH: there is none. */

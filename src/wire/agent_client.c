@@ -94,21 +94,9 @@ void bn_agent_free(struct bn_agent *a)
     free(a);
 }
 
-pid_t bn_agent_pid(const struct bn_agent *a)
-{
-    return a->pid;
-}
-int bn_agent_pidfd(const struct bn_agent *a)
-{
-    return a->pidfd;
-}
 int bn_agent_page(struct bn_agent *a, struct bn_agent_page *page)
 {
     return read_page(a->memfd, page);
-}
-bool bn_agent_attached(const struct bn_agent *a)
-{
-    return a->sock >= 0;
 }
 
 static int wait_for(struct bn_agent *a, short events, uint64_t deadline, struct bn_error *err)

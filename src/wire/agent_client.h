@@ -20,15 +20,12 @@ struct bn_agent;
 int bn_agent_find(pid_t pid, struct bn_agent **out);
 void bn_agent_free(struct bn_agent *a);
 
-pid_t bn_agent_pid(const struct bn_agent *a);
-int bn_agent_pidfd(const struct bn_agent *a);
 /* A checked copy of the page as it is now; strings are terminated, counts within their arrays. */
 int bn_agent_page(struct bn_agent *a, struct bn_agent_page *page);
 
 /* Become the one controller and check that the agent's thread answers. -EBUSY: somebody else is talking to it. */
 int bn_agent_attach(struct bn_agent *a, struct bn_error *err);
 void bn_agent_detach(struct bn_agent *a);
-bool bn_agent_attached(const struct bn_agent *a);
 
 /* See the message types of the same names. */
 int bn_agent_close_gate(struct bn_agent *a, unsigned timeout_ms, struct bn_error *err);
