@@ -14,6 +14,7 @@
  * 8,192 blocks unmap in well under a second; a process under heavy load gets its time too. */
 #define ANSWER_MS 60000u
 #define GRACE_MS 5000u
+#define LOCK_MS 200u
 #define SEGMENTS_MAX (1u << 20)
 #define GRANULARITY (2u << 20)
 
@@ -208,11 +209,23 @@ static int simple_call(struct bn_agent *a, uint16_t type, uint64_t arg, unsigned
     return r;
 }
 
+/* An agent that has lost its controller holds the lock itself for a moment, while it opens its gate. */
+static int become_controller(int memfd)
+{
+    uint64_t deadline = bn_now_ns() + LOCK_MS * 1000000u;
+    while (flock(memfd, LOCK_EX | LOCK_NB) < 0) {
+        if (bn_now_ns() >= deadline)
+            return -EBUSY;
+        poll(NULL, 0, 5);
+    }
+    return 0;
+}
+
 int bn_agent_attach(struct bn_agent *a, struct bn_error *err)
 {
     if (a->sock >= 0)
         return 0;
-    if (flock(a->memfd, LOCK_EX | LOCK_NB) < 0)
+    if (become_controller(a->memfd) < 0)
         return bn_error_set(err, EBUSY, "agent", "process %d is being worked on by another bennud", a->pid);
     struct bn_agent_page page;
     int r = read_page(a->memfd, &page);
