@@ -73,8 +73,8 @@ class Trees(Case):
         program.go_on()
         self.dump(program, "--leave-running", name="second")
         program.go_on()
+        last = program.round(0)
         for _ in range(2):  # as often as one likes
-            last = program.round(0)
             program.kill()
             program.will_go_back()
             self.restore(program, image)
