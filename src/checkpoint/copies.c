@@ -11,9 +11,7 @@
 int bn_copies_start(struct bn_copies *c, struct bn_quiesce *q, const char *name, bn_copies_make_fn make,
                     void *arg, struct bn_error *err)
 {
-    size_t parts = 0;
-    for (size_t i = 0; i < q->targets.n; i++)
-        parts += q->targets.v[i].nparts;
+    size_t parts = bn_targets_parts(&q->targets);
     *c = (struct bn_copies){.jobs = calloc(parts ? parts : 1, sizeof(*c->jobs)), .phase = -1, .name = name};
     if (!c->jobs)
         return bn_error_set(err, ENOMEM, name, "out of memory");

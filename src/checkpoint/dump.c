@@ -67,9 +67,7 @@ static int write_part(struct bn_quiesce *q, struct bn_target *t, struct bn_targe
 static int start_writing(struct bn_quiesce *q, struct bn_error *err)
 {
     struct bn_dump *d = of(q);
-    size_t parts = 0;
-    for (size_t i = 0; i < q->targets.n; i++)
-        parts += q->targets.v[i].nparts;
+    size_t parts = bn_targets_parts(&q->targets);
     int r = bn_describe(q, &d->manifest, err);
     /* Container runtimes name one directory again and again (a checkpoint that leaves the container running, one that was kept
      * after a restore), and CRIU writes over its files there: the checkpoint that was in it is lost anyway. */

@@ -198,6 +198,14 @@ uint64_t bn_targets_evictable(const struct bn_targets *targets)
     return bytes;
 }
 
+size_t bn_targets_parts(const struct bn_targets *targets)
+{
+    size_t parts = 0;
+    for (size_t i = 0; i < targets->n; i++)
+        parts += targets->v[i].nparts;
+    return parts;
+}
+
 uint64_t bn_target_bytes(const struct bn_target *t)
 {
     uint64_t bytes = 0;

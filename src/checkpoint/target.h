@@ -70,6 +70,7 @@ void bn_target_clear(struct bn_target *t); /* one of them; its record stays */
 /* -ENOTSUP with the reason when something in them could not be checkpointed or restored. */
 int bn_targets_check(const struct bn_targets *t, unsigned flags, struct bn_error *err);
 uint64_t bn_targets_evictable(const struct bn_targets *t); /* bytes, from the agents' pages */
+size_t bn_targets_parts(const struct bn_targets *t);       /* of all of them together */
 uint64_t bn_target_bytes(const struct bn_target *t);       /* of its parts */
 
 /* True once the process has ended: there is nothing left to undo. */

@@ -114,9 +114,7 @@ static int load_part(struct bn_quiesce *q, struct bn_target *t, struct bn_target
 
 static int start_loading(struct bn_restore *r, struct bn_error *err)
 {
-    size_t parts = 0;
-    for (size_t i = 0; i < r->q.targets.n; i++)
-        parts += r->q.targets.v[i].nparts;
+    size_t parts = bn_targets_parts(&r->q.targets);
     struct load *next = r->loads = calloc(parts ? parts : 1, sizeof(*r->loads));
     if (!r->loads)
         return bn_error_set(err, ENOMEM, "load", "out of memory");
