@@ -260,7 +260,7 @@ class FaultTest(unittest.TestCase):
 
     def packs(self, folder):
         return sorted(n for n in os.listdir(folder) if n.startswith((".bennu", "bennu-")) and "manifest" not in n
-                      and n != "bennu-record.json")
+                      and n != "bennu-command.json")
 
     def restore(self, folder):
         """The processes are dead; bring them back and look at every byte."""
