@@ -5,6 +5,7 @@
 #include "base/proc.h"
 #include "wire/packet.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -49,6 +50,55 @@ static int read_page(int memfd, struct bn_agent_page *page)
     for (size_t i = 0; i < BN_ARRAY_SIZE(page->unknown); i++)
         page->unknown[i][sizeof(page->unknown[i]) - 1] = 0;
     return 0;
+}
+
+#define NEED_AT(field) (offsetof(struct bn_agent_page, need) + offsetof(struct bn_agent_need, field))
+
+/* Before anything is written: what the process calls its page may be a file of somebody else's under the memfd's name. Only a memfd
+ * can be sealed, and an agent's is. */
+static int check_need(struct bn_agent *a)
+{
+    uint32_t knows;
+    int seals = fcntl(a->memfd, F_GET_SEALS);
+    if (seals < 0 || !(seals & F_SEAL_SHRINK) || !(seals & F_SEAL_GROW))
+        return -ENOTSUP;
+    int r = bn_pread_full(a->memfd, &knows, sizeof(knows), offsetof(struct bn_agent_page, knows));
+    if (r < 0)
+        return r;
+    return knows & BN_AGENT_KNOWS_NEED ? 0 : -ENOTSUP;
+}
+
+int bn_agent_announce_hot(struct bn_agent *a, uint32_t hot)
+{
+    int r = check_need(a);
+    return r < 0 ? r : bn_pwrite_full(a->memfd, &hot, sizeof(hot), NEED_AT(hot));
+}
+
+int bn_agent_wanted(struct bn_agent *a, struct bn_agent_want *want)
+{
+    uint32_t seq;
+    struct bn_agent_need need;
+    int r = check_need(a);
+    if (r == 0) /* the number first: the agent raises it last */
+        r = bn_pread_full(a->memfd, &seq, sizeof(seq), NEED_AT(wanted_seq));
+    if (r == 0)
+        r = bn_pread_full(a->memfd, &need, sizeof(need), offsetof(struct bn_agent_page, need));
+    if (r < 0)
+        return r;
+    if (need.wanted_bytes == 0 || seq == need.answered_seq)
+        return 0;
+    *want = (struct bn_agent_want){.bytes = need.wanted_bytes, .seq = seq};
+    memcpy(want->uuid, need.wanted_uuid, sizeof(want->uuid));
+    return 1;
+}
+
+int bn_agent_answer_want(struct bn_agent *a, uint32_t seq, bool more)
+{
+    uint32_t word = more;
+    int r = check_need(a);
+    if (r == 0)
+        r = bn_pwrite_full(a->memfd, &word, sizeof(word), NEED_AT(answered_more));
+    return r < 0 ? r : bn_pwrite_full(a->memfd, &seq, sizeof(seq), NEED_AT(answered_seq));
 }
 
 /* A forked child may still hold its parent's page for a moment: it names the parent. */

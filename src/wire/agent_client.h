@@ -23,6 +23,22 @@ void bn_agent_free(struct bn_agent *a);
 /* A checked copy of the page as it is now; strings are terminated, counts within their arrays. */
 int bn_agent_page(struct bn_agent *a, struct bn_agent_page *page);
 
+/* The daemon's half of struct bn_agent_need, for processes that run; nobody has to be attached. -ENOTSUP: the agent is too old to
+ * want anything, or this is no page of an agent's.
+ *
+ * Say that memory is held on GPUs (a number that is not 0 and changes with each call, about once a second), or is not any more (0). */
+int bn_agent_announce_hot(struct bn_agent *a, uint32_t hot);
+
+struct bn_agent_want {
+    uint64_t bytes;   /* that one allocation failed to get */
+    uint8_t uuid[16]; /* on this GPU, as the application knows it */
+    uint32_t seq;     /* names the want in the answer */
+};
+/* 1: the process waits for memory, *want says for how much; 0: it does not. */
+int bn_agent_wanted(struct bn_agent *a, struct bn_agent_want *want);
+/* More: memory was let go of, so it may try again. Otherwise its allocation fails. */
+int bn_agent_answer_want(struct bn_agent *a, uint32_t seq, bool more);
+
 /* Become the one controller and check that the agent's thread answers. -EBUSY: somebody else is talking to it. */
 int bn_agent_attach(struct bn_agent *a, struct bn_error *err);
 void bn_agent_detach(struct bn_agent *a);

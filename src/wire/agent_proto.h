@@ -9,10 +9,14 @@
  * of an earlier controller that was killed are recognised by their id and dropped). Messages are packets: a header, then
  * `count` records; descriptors ride along with SCM_RIGHTS in the order of the records. Same machine, same byte order.
  *
+ * One thing goes the other way, and through the page, since an application cannot ask: memory of the GPU that it failed to get
+ * while the daemon holds memory there (struct bn_agent_need).
+ *
  * Neither side trusts the other: the daemon is root and the application may be hostile; sizes and counts are checked on arrival.
  */
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 #define BN_AGENT_MEMFD "bennu-agent"
@@ -46,6 +50,27 @@ struct bn_agent_gpu {
     uint64_t segments;
 };
 
+/* An application's want of GPU memory, while the daemon holds memory of suspended programs on a GPU and could let go of it.
+ *
+ * The daemon writes `hot`: 0 while it holds none, else a number that it changes about once a second, so that the number of a
+ * daemon that was killed is known by not changing. An allocation that fails for want of memory while `hot` is not 0 becomes a
+ * want: bytes and GPU are written, then `wanted_seq` is raised. The daemon looks into the pages now and then (some tens of
+ * milliseconds), lets go of what it can, and writes `answered_more`, then `answered_seq` = the `wanted_seq` that it acted on.
+ * The agent leaves its gate, waits for that, and tries again: after each answer with more once, never after another.
+ * It waits no longer than BN_AGENT_NEED_MS in all, and not when `hot` has not changed for BN_AGENT_HOT_DEAD_MS; then it
+ * writes `wanted_bytes` = 0, and the application gets the driver's answer. One want at a time: further threads that want
+ * take their turn. Either side takes nonsense of the other's for "nothing". */
+struct bn_agent_need {
+    uint32_t hot;           /* the daemon's */
+    uint32_t answered_more; /* the daemon's: 1 something was let go of, 0 there is nothing more */
+    uint32_t answered_seq;  /* the daemon's */
+    uint32_t wanted_seq;    /* the agent's; wants so far */
+    uint64_t wanted_bytes;  /* the agent's; 0: not waiting */
+    uint8_t wanted_uuid[16];
+};
+#define BN_AGENT_NEED_MS 10000u
+#define BN_AGENT_HOT_DEAD_MS 3000u
+
 /* Lives in shared memory that any process with the descriptor can write: copy first, then check. Counters are written with
  * relaxed atomics by the agent and may be a moment apart from each other. */
 struct bn_agent_page {
@@ -70,7 +95,16 @@ struct bn_agent_page {
     char driver_path[256]; /* the real libcuda.so.1 in use */
     char reason[256];      /* why INACTIVE */
     char unknown[64][64];  /* names of functions newer than the agent's table */
+
+    /* Checkpoints hold pages of older agents, in which all that follows is zero: add at the end, and let zero say "not known" or
+     * "none". */
+    uint32_t knows; /* BN_AGENT_KNOWS_…: what of the following the agent fills */
+    uint32_t reserved;
+    struct bn_agent_need need; /* BN_AGENT_KNOWS_NEED */
 };
+#define BN_AGENT_KNOWS_NEED 1u
+
+_Static_assert(offsetof(struct bn_agent_page, knows) == 6808, "what the first agents have stays where it is");
 _Static_assert(sizeof(struct bn_agent_page) <= BN_AGENT_PAGE_SIZE, "page fits its memfd");
 
 enum bn_agent_msg_type {
