@@ -125,6 +125,7 @@ static const struct {
     {"bn_spin", 1, NULL},
     {"bn_xor", 3, k_xor},
     {"bn_global_add", 1, k_global_add},
+    {"bn_hash_range", 4, hash_range},
 };
 
 #define KERNELS ((int)(sizeof(kernels) / sizeof(kernels[0])))
@@ -529,6 +530,7 @@ static CUresult launch(CUfunction handle, const unsigned grid[3], const unsigned
         return CUDA_ERROR_OUT_OF_MEMORY;
     op->launch.kernel = f->kernel;
     op->launch.module = f->module;
+    op->launch.blocks = grid[0] * grid[1] * grid[2];
     rc = arguments(f->kernel, params, extra, op->launch.args);
     if (rc != CUDA_SUCCESS) {
         op_free(op);

@@ -144,6 +144,7 @@ struct op {
         struct {
             int kernel;
             struct sim_module *module;
+            unsigned blocks;
             uint64_t args[8];
         } launch;
         struct {
@@ -358,6 +359,10 @@ bool memory_is_pinned(uint64_t addr); /* page-locked by this library */
 /* ---- Modules (module.c) ---- */
 
 CUresult kernel_run(struct op *op); /* no lock held */
+
+/* ---- Bennu's hash (hash.c) ---- */
+
+CUresult hash_range(struct op *op, const uint64_t *args); /* kernel: base, stride, material, values */
 
 /* ---- Checkpoint ---- */
 

@@ -207,6 +207,7 @@ void bn_gpu_close(struct bn_gpu *gpu)
     if (!gpu)
         return;
     for (unsigned i = 0; i < gpu->count; i++) {
+        bn_gpu_hash_free(gpu, i);
         if (gpu->devices[i].ctx)
             gpu->cu.DevicePrimaryCtxRelease(gpu->devices[i].cu);
         pthread_mutex_destroy(&gpu->devices[i].lock);

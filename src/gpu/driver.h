@@ -57,8 +57,14 @@
     F(EventRecord, cuEventRecord, (CUevent event, CUstream stream))                                     \
     F(EventSynchronize, cuEventSynchronize, (CUevent event))
 
-/* Driver 570 and newer. */
+/* The first four, for kernels, are in every driver; the checkpoint calls in 570 and newer. */
 #define BN_DRIVER_WANT(F)                                                                               \
+    F(ModuleLoadData, cuModuleLoadData, (CUmodule * module, const void *image))                         \
+    F(ModuleUnload, cuModuleUnload, (CUmodule module))                                                  \
+    F(ModuleGetFunction, cuModuleGetFunction, (CUfunction * f, CUmodule module, const char *name))      \
+    F(LaunchKernel, cuLaunchKernel,                                                                     \
+      (CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,      \
+       unsigned shared, CUstream stream, void **params, void **extra))                                  \
     F(CheckpointGetState, cuCheckpointProcessGetState, (int pid, CUprocessState *state))                \
     F(CheckpointGetThread, cuCheckpointProcessGetRestoreThreadId, (int pid, int *tid))                  \
     F(CheckpointLock, cuCheckpointProcessLock, (int pid, CUcheckpointLockArgs *args))                   \
@@ -76,8 +82,9 @@ struct bn_driver {
 struct bn_gpu_device {
     struct bn_gpu_info info;
     CUdevice cu;
-    pthread_mutex_t lock; /* of ctx */
-    CUcontext ctx;        /* primary, retained; NULL until first needed */
+    pthread_mutex_t lock;           /* of ctx and hashing */
+    CUcontext ctx;                  /* primary, retained; NULL until first needed */
+    struct bn_gpu_hashing *hashing; /* hash.c; NULL until first needed */
 };
 
 struct bn_gpu {
@@ -96,6 +103,9 @@ void bn_gpu_leave(struct bn_gpu *gpu);
 
 /* A device that has its context already, or 0. For what is the same on every device. */
 unsigned bn_gpu_any_warm(struct bn_gpu *gpu);
+
+/* Free what hash.c holds on the device; before its context goes. */
+void bn_gpu_hash_free(struct bn_gpu *gpu, unsigned dev);
 
 /* pthread_create with every signal blocked, as a library's threads should be. 0 or negative errno. */
 int bn_gpu_thread(pthread_t *thread, void *(*run)(void *), void *arg);
