@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 
@@ -98,6 +99,21 @@ int bn_image_save(int dirfd, const struct bn_manifest *m, struct bn_error *err)
             r == -ENOSPC || r == -EDQUOT ? ": make room or choose a folder on another file system" : "");
     }
     return 0;
+}
+
+int bn_image_lock(int dirfd, bool exclusive, struct bn_error *err)
+{
+    /* An open of its own: a lock belongs to the open file, and `dirfd` may be shared with who knows whom. */
+    bn_auto_fd fd = openat(dirfd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0)
+        return bn_error_set(err, errno, "image", "cannot open the image folder: %s", strerror(errno));
+    if (flock(fd, (exclusive ? LOCK_EX : LOCK_SH) | LOCK_NB) == 0)
+        return BN_TAKE_FD(fd);
+    if (errno == EWOULDBLOCK)
+        return bn_error_set(err, EBUSY, "image", "the folder is %s: try again later",
+                            exclusive ? "being written or read" : "being removed or rewritten");
+    return bn_error_set(err, ENOTSUP, "image", "the file system of the image folder has no locks: %s",
+                        strerror(errno));
 }
 
 static bool is_pack(const char *name)

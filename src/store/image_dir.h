@@ -18,6 +18,11 @@ int bn_image_load(int dirfd, struct bn_manifest **out, struct bn_error *err);
  * own files are written. -EINVAL: the manifest is wrong; -EEXIST: there is one already; -ENOSPC, -EIO … */
 int bn_image_save(int dirfd, const struct bn_manifest *m, struct bn_error *err);
 
+/* Hold a folder that is being written or read (shared), or that is to be removed or rewritten (exclusive), as flock(2) does. Never
+ * waits. A descriptor, which holds it until it is closed; -EBUSY: somebody else does; -ENOTSUP: the file system has no
+ * locks; others as open(2). */
+int bn_image_lock(int dirfd, bool exclusive, struct bn_error *err);
+
 /* Remove manifest and packs, the manifest first, so that what is left is never taken for a checkpoint. Files that are not
  * Bennu's stay. 0, or the first errno met; goes on after errors. */
 int bn_image_remove(int dirfd, struct bn_error *err);

@@ -1,5 +1,8 @@
 /* Packs: files `bennu-pack-%u.img` in an image folder that hold chunks, one behind the other, nothing else.
  *
+ * Checkpoints share bytes by sharing whole packs: the same file has a name in several folders (hard links), so each folder is
+ * complete, and the file system does the counting. Therefore a pack is never changed once its image is complete.
+ *
  * Chunks are numbered as the manifest numbers them (bn_manifest_layout). Buffers are BN_CHUNK_SIZE bytes, aligned to
  * BN_PACK_ALIGN, so that the same path can go around the page cache later.
  */
@@ -25,14 +28,25 @@ struct bn_pack_writer;
 
 #define BN_PACK_NOSYNC 1u /* finish without fsync: for images that live in memory anyway */
 
+/* Another checkpoint whose chunks may be referred to. Both are needed only until bn_pack_writer_open() returns: its packs are
+ * held open, so that it may even be removed meanwhile. */
+struct bn_pack_parent {
+    int dirfd;
+    const struct bn_manifest *m;
+};
+
 struct bn_pack_options {
     unsigned flags;      /* BN_PACK_… */
     uint64_t pack_bytes; /* 0 = BN_PACK_BYTES (tests: rounded up to a whole batch) */
     unsigned lanes;      /* 0 = BN_PACK_LANES */
+    const struct bn_pack_parent *parents;
+    size_t nparents;
 };
 
 /* For the `n_chunks` chunks of one manifest, hashed with its `key`. `dirfd` is duplicated. `options` may be NULL.
- * -EINVAL, -ENOMEM, or the errno of dup. The caller ends it with bn_pack_writer_close() or bn_pack_writer_abort(). */
+ * -EINVAL (also: a parent has another key), -ENOMEM, or the errno of dup; of a parent's packs what bn_pack_reader_open() says of
+ * them. -EBUSY: somebody is removing the folder. The caller ends it with bn_pack_writer_close() or
+ * bn_pack_writer_abort(). Until then bn_image_lock() finds the folder in use. */
 int bn_pack_writer_open(int dirfd, const uint8_t key[BN_HASH_KEY_SIZE], uint32_t n_chunks,
                         const struct bn_pack_options *options, struct bn_pack_writer **out,
                         struct bn_error *err);
@@ -51,18 +65,40 @@ int bn_pack_writer_add(struct bn_pack_writer *w, uint32_t chunk, const void *dat
 int bn_pack_writer_add_batch(struct bn_pack_writer *w, const struct bn_pack_item *items, size_t n,
                              struct bn_error *err);
 
+/* Note where a chunk with this hash (under the writer's key) is, without its bytes. 1: they are known: zero, stored in this image
+ * (or just being stored by another thread), or in a parent; the chunk counts as added. 0: not known, nothing was
+ * done, add them. -EINVAL: no such chunk, or after the end; after a failure its error. Any thread. That two chunks are alike
+ * is believed because their hashes are: docs/image-format.md has the odds. */
+int bn_pack_writer_place(struct bn_pack_writer *w, uint32_t chunk, const struct bn_hash *h);
+
 struct bn_pack_stats {
-    uint64_t chunks;       /* added */
-    uint64_t zero_chunks;  /* of these: zero */
-    uint64_t same_chunks;  /* of these: found in the image already */
-    uint64_t stored_bytes; /* written */
+    uint64_t chunks;        /* added or placed */
+    uint64_t zero_chunks;   /* of these: zero */
+    uint64_t same_chunks;   /* of these: found in the image already */
+    uint64_t parent_chunks; /* of these: found in a parent */
+    uint64_t stored_bytes;  /* written, copies from parents not counted */
+    uint64_t
+        linked_bytes; /* of parents' packs that are linked: what this image uses of them; known after finish */
+    uint64_t copied_bytes; /* copied from parents' packs; grows in finish */
 };
 /* At any time, from any thread: for progress. */
 void bn_pack_writer_stats(const struct bn_pack_writer *w, struct bn_pack_stats *out);
 
-/* When every add has returned: fsync the packs and the folder, fill `chunks` and `packs` of the manifest that the numbers come
- * from (bn_manifest_layout was called on it). -EINVAL: a chunk was never added. Other errors as add. On an error
- * the manifest is as before. */
+/* Begin anew with `n_chunks` chunks, none of them added; all bytes that were stored stay known. When no other call is under
+ * way: a pre-dump's packs serve a dump whose segments are others by then. -EINVAL: too many, or after finish; -ENOMEM: nothing
+ * was done. */
+int bn_pack_writer_relayout(struct bn_pack_writer *w, uint32_t n_chunks, struct bn_error *err);
+
+/* Move what was written into another folder, which becomes the writer's: by link, or by copying where that is impossible. When no
+ * other call is under way, and not after finish (-EINVAL). All or nothing: after an error everything is where it was and
+ * the writer can be used on. -EEXIST: that folder has packs; -EBUSY; others as add. `dirfd` is duplicated. */
+int bn_pack_writer_retarget(struct bn_pack_writer *w, int dirfd, struct bn_error *err);
+
+/* When every add has returned: bring what is used of the parents into the folder, fsync the packs and the folder, fill `chunks` and
+ * `packs` of the manifest that the numbers come from (bn_manifest_layout was called on it). Packs that no chunk refers to are removed.
+ * A pack of a parent is linked if half of it is used or more, else what is used is copied, so that a folder never
+ * carries mostly foreign bytes when it is archived. -EINVAL: a chunk was never added. Other errors as add. On an error the
+ * manifest is as before. */
 int bn_pack_writer_finish(struct bn_pack_writer *w, struct bn_manifest *m, struct bn_error *err);
 
 /* End without an image: removes every pack that it made, also after finish: keep the writer until bn_image_save() has

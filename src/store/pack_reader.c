@@ -2,12 +2,11 @@
 
 #include "base/cleanup.h"
 #include "base/io.h"
+#include "store/pack_file.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 struct bn_pack_reader {
     const struct bn_manifest *m;
@@ -42,30 +41,6 @@ static struct story whose(const struct bn_manifest *m, uint32_t chunk)
 
 /* ---- open ---- */
 
-static int open_pack(int dirfd, const struct bn_image_pack *p, struct bn_error *err)
-{
-    char name[BN_PACK_NAME_MAX];
-    snprintf(name, sizeof(name), BN_PACK_NAME, p->index);
-    /* O_NONBLOCK: a FIFO of that name would hang us. */
-    bn_auto_fd fd = openat(dirfd, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
-    if (fd < 0 && errno == ENOENT)
-        return bn_error_set(err, ENOENT, "store", "%s is missing: the checkpoint is incomplete", name);
-    if (fd < 0 && errno == ELOOP)
-        return bn_error_set(err, EBADMSG, "store", "%s is a symbolic link: a checkpoint has none", name);
-    if (fd < 0)
-        return bn_error_set(err, errno, "store", "cannot open %s: %s", name, strerror(errno));
-    struct stat st;
-    if (fstat(fd, &st) < 0)
-        return bn_error_set(err, errno, "store", "cannot look at %s: %s", name, strerror(errno));
-    if (!S_ISREG(st.st_mode))
-        return bn_error_set(err, EBADMSG, "store", "%s is no regular file", name);
-    if ((uint64_t)st.st_size != p->length)
-        return bn_error_set(err, EBADMSG, "store", "%s is %s: it has %llu bytes, the manifest says %llu",
-                            name, (uint64_t)st.st_size < p->length ? "truncated" : "too long",
-                            (unsigned long long)st.st_size, (unsigned long long)p->length);
-    return BN_TAKE_FD(fd);
-}
-
 int bn_pack_reader_open(int dirfd, const struct bn_manifest *m, struct bn_pack_reader **out,
                         struct bn_error *err)
 {
@@ -81,7 +56,7 @@ int bn_pack_reader_open(int dirfd, const struct bn_manifest *m, struct bn_pack_r
     for (uint32_t i = 0; r->fds && i < m->n_packs; i++)
         r->fds[i] = -1;
     for (uint32_t i = 0; rc >= 0 && i < m->n_packs; i++)
-        rc = r->fds[i] = open_pack(dirfd, &m->packs[i], err);
+        rc = r->fds[i] = bn_pack_file_open(dirfd, &m->packs[i], err);
     if (rc < 0) {
         bn_pack_reader_free(r);
         return rc;

@@ -1,67 +1,21 @@
-#include "store/pack.h"
+#include "store/pack_writer.h"
 
 #include "base/cleanup.h"
 #include "base/io.h"
+#include "store/image_dir.h"
+#include "store/pack_file.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
 
-#define NONE UINT32_MAX
-
-/* One place in a pack; equal chunks share it. Records are never changed once `offset` is set, and only appended. */
-struct record {
-    struct bn_hash hash;
-    uint32_t pack; /* NONE: not written yet */
-    uint64_t offset;
-};
-
-/* A pack that is being written. Its lock is held for the whole of a write: the kernel would serialise writes to one file
- * anyway, and so the pack has no holes. */
-struct lane {
-    pthread_mutex_t lock;
-    int fd;
-    uint32_t pack; /* NONE: none open */
-    uint64_t length;
-};
-
-struct pack_file {
-    int fd; /* kept open for the fsync at the end */
-    uint64_t length;
-};
-
-struct bn_pack_writer {
-    int dirfd;
-    unsigned flags, n_lanes;
-    uint64_t pack_bytes;
-    struct bn_hash_key *key;
-    struct bn_hash zero; /* of a zero chunk */
-    bool finished;
-
-    struct lane lanes[BN_PACK_LANES];
-
-    pthread_mutex_t lock; /* everything below */
-    struct bn_error failure;
-    uint32_t n_chunks;
-    uint32_t *chunks; /* chunk -> 1 + record, CHUNK_ZERO, or 0 = not added */
-    struct record *records;
-    uint32_t n_records, cap_records;
-    uint32_t *table; /* hash -> 1 + record, open addressing; a power of two, at most half full */
-    uint32_t table_size;
-    struct pack_file *packs;
-    uint32_t n_packs;
-    struct bn_pack_stats stats;
-};
-#define CHUNK_ZERO NONE
-
-static int fail(struct bn_pack_writer *w, struct bn_error *err, int code, const char *what, uint32_t pack)
+int bn_pack_fail(struct bn_pack_writer *w, struct bn_error *err, int code, const char *what, uint32_t pack)
 {
     pthread_mutex_lock(&w->lock);
     if (!bn_error_is_set(&w->failure)) {
-        if (pack == NONE)
+        if (pack == BN_NO_PACK)
             bn_error_set(&w->failure, code, "store", "%s: %s", what, strerror(abs(code)));
         else if (abs(code) == EEXIST)
             bn_error_set(&w->failure, code, "store",
@@ -80,107 +34,84 @@ static int fail(struct bn_pack_writer *w, struct bn_error *err, int code, const 
     return bn_error_set(err, first.code, first.stage, "%s", first.text);
 }
 
-/* ---- which chunks are where ---- */
-
-static uint32_t slot_of(const struct bn_hash *h)
-{
-    uint32_t v;
-    memcpy(&v, h->b, sizeof(v));
-    return v;
-}
-
-static void table_insert(struct bn_pack_writer *w, uint32_t record)
-{
-    uint32_t mask = w->table_size - 1, at = slot_of(&w->records[record].hash) & mask;
-    while (w->table[at])
-        at = (at + 1) & mask;
-    w->table[at] = record + 1;
-}
-
-static int grow(struct bn_pack_writer *w)
-{
-    if (w->n_records < w->cap_records)
-        return 0;
-    if (w->cap_records >= 1u << 30)
-        return -E2BIG;
-    uint32_t cap = w->cap_records ? w->cap_records * 2 : 256;
-    struct record *records = realloc(w->records, cap * sizeof(*records));
-    if (!records)
-        return -ENOMEM;
-    w->records = records;
-    uint32_t *table = calloc((size_t)cap * 2, sizeof(*table));
-    if (!table)
-        return -ENOMEM;
-    free(w->table);
-    w->table = table;
-    w->table_size = cap * 2;
-    w->cap_records = cap;
-    for (uint32_t i = 0; i < w->n_records; i++)
-        table_insert(w, i);
-    return 0;
-}
-
-/* The record of these bytes; *fresh when the caller has to write them. */
-static int find_record(struct bn_pack_writer *w, const struct bn_hash *h, uint32_t *record, bool *fresh)
-{
-    uint32_t mask = w->table_size - 1;
-    for (uint32_t at = slot_of(h) & mask; w->table_size && w->table[at]; at = (at + 1) & mask)
-        if (bn_hash_equal(&w->records[w->table[at] - 1].hash, h)) {
-            *record = w->table[at] - 1;
-            *fresh = false;
-            return 0;
-        }
-    int r = grow(w);
-    if (r < 0)
-        return r;
-    *record = w->n_records++;
-    w->records[*record] = (struct record){.hash = *h, .pack = NONE};
-    table_insert(w, *record);
-    *fresh = true;
-    return 0;
-}
-
 /* ---- packs ---- */
 
-/* The next pack, for this lane; the lane's lock is held. */
-static int open_pack(struct bn_pack_writer *w, struct lane *l, struct bn_error *err)
+int64_t bn_pack_next(struct bn_pack_writer *w, int link, uint64_t length, struct bn_error *err)
 {
     pthread_mutex_lock(&w->lock);
     uint32_t index = w->n_packs;
-    struct pack_file *more =
+    struct bn_pack_own *more =
         index < BN_MANIFEST_PACKS_MAX ? realloc(w->packs, (index + 1) * sizeof(*more)) : NULL;
     if (more) {
-        more[index] = (struct pack_file){.fd = -1};
+        more[index] = (struct bn_pack_own){.fd = -1, .length = length};
         w->packs = more;
         w->n_packs++;
     }
     pthread_mutex_unlock(&w->lock);
     if (!more)
-        return fail(w, err, ENOMEM, "no memory for another pack", NONE);
+        return bn_pack_fail(w, err, ENOMEM, "no memory for another pack", BN_NO_PACK);
 
-    char name[BN_PACK_NAME_MAX];
-    snprintf(name, sizeof(name), BN_PACK_NAME, index);
-    int fd = openat(w->dirfd, name, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    int fd;
+    if (link < 0)
+        fd = bn_pack_file_create(w->dirfd, index);
+    else if ((fd = bn_pack_file_link(link, w->dirfd, index)) == 0 &&
+             (fd = fcntl(link, F_DUPFD_CLOEXEC, 3)) < 0) {
+        fd = -errno;
+        bn_pack_file_unlink(w->dirfd, index);
+    }
+    if (link >= 0 && fd < 0 && bn_pack_cannot_link(fd)) {
+        pthread_mutex_lock(&w->lock);
+        w->n_packs -= w->n_packs == index + 1; /* give the number back */
+        pthread_mutex_unlock(&w->lock);
+        return -EXDEV;
+    }
     if (fd < 0)
-        return fail(w, err, errno, "create", index);
+        return bn_pack_fail(w, err, fd, link < 0 ? "create" : "link", index);
     pthread_mutex_lock(&w->lock);
     w->packs[index].fd = fd;
     pthread_mutex_unlock(&w->lock);
-    l->fd = fd;
-    l->pack = index;
-    l->length = 0;
-    return 0;
+    return index;
 }
 
 /* A lane nobody writes into, the first of them, so that few threads make few packs; else wait for one. */
-static struct lane *take_lane(struct bn_pack_writer *w, uint32_t hint)
+static struct bn_pack_lane *lock_lane(struct bn_pack_writer *w, uint32_t hint)
 {
     for (unsigned i = 0; i < w->n_lanes; i++)
         if (pthread_mutex_trylock(&w->lanes[i].lock) == 0)
             return &w->lanes[i];
-    struct lane *l = &w->lanes[hint % w->n_lanes];
+    struct bn_pack_lane *l = &w->lanes[hint % w->n_lanes];
     pthread_mutex_lock(&l->lock);
     return l;
+}
+
+struct bn_pack_lane *bn_pack_lane_take(struct bn_pack_writer *w, uint32_t hint, uint64_t bytes,
+                                       struct bn_error *err)
+{
+    struct bn_pack_lane *l = lock_lane(w, hint);
+    if (l->pack != BN_NO_PACK && l->length + bytes <= w->pack_bytes)
+        return l;
+    int64_t pack = bn_pack_next(w, -1, 0, err);
+    if (pack < 0) {
+        pthread_mutex_unlock(&l->lock);
+        return NULL;
+    }
+    l->pack = (uint32_t)pack;
+    l->length = 0;
+    pthread_mutex_lock(&w->lock);
+    l->fd = w->packs[l->pack].fd;
+    pthread_mutex_unlock(&w->lock);
+    return l;
+}
+
+void bn_pack_lane_done(struct bn_pack_writer *w, struct bn_pack_lane *l, uint64_t bytes)
+{
+    if (bytes) {
+        l->length += bytes;
+        pthread_mutex_lock(&w->lock);
+        w->packs[l->pack].length = l->length;
+        pthread_mutex_unlock(&w->lock);
+    }
+    pthread_mutex_unlock(&l->lock);
 }
 
 static int pwritev_full(int fd, struct iovec *iov, int n, uint64_t off)
@@ -211,35 +142,51 @@ static int pwritev_full(int fd, struct iovec *iov, int n, uint64_t off)
 static int write_chunks(struct bn_pack_writer *w, const void *const *data, const uint32_t *records,
                         unsigned n, struct bn_error *err)
 {
-    struct lane *l = take_lane(w, records[0]);
-    int r = 0;
-    if (l->pack == NONE || l->length + n * BN_CHUNK_SIZE > w->pack_bytes)
-        r = open_pack(w, l, err);
-    uint64_t at = l->length;
-    if (r == 0) {
-        struct iovec iov[BN_PACK_BATCH];
-        for (unsigned i = 0; i < n; i++)
-            iov[i] = (struct iovec){(void *)data[i], BN_CHUNK_SIZE};
-        r = pwritev_full(l->fd, iov, (int)n, at);
-        if (r < 0)
-            r = fail(w, err, r, "write", l->pack);
+    struct bn_pack_lane *l = bn_pack_lane_take(w, records[0], n * BN_CHUNK_SIZE, err);
+    if (!l)
+        return -w->failure.code;
+    struct iovec iov[BN_PACK_BATCH];
+    for (unsigned i = 0; i < n; i++)
+        iov[i] = (struct iovec){(void *)data[i], BN_CHUNK_SIZE};
+    int r = pwritev_full(l->fd, iov, (int)n, l->length);
+    if (r < 0) {
+        r = bn_pack_fail(w, err, r, "write", l->pack);
+        bn_pack_lane_done(w, l, 0);
+        return r;
     }
-    if (r == 0) {
-        l->length += n * BN_CHUNK_SIZE;
-        pthread_mutex_lock(&w->lock);
-        w->packs[l->pack].length = l->length;
-        for (unsigned i = 0; i < n; i++) {
-            w->records[records[i]].offset = at + i * BN_CHUNK_SIZE;
-            w->records[records[i]].pack = l->pack;
-        }
-        w->stats.stored_bytes += n * BN_CHUNK_SIZE;
-        pthread_mutex_unlock(&w->lock);
+    pthread_mutex_lock(&w->lock);
+    for (unsigned i = 0; i < n; i++) {
+        struct bn_pack_record *rec = &w->table.records[records[i]];
+        rec->offset = l->length + i * BN_CHUNK_SIZE;
+        rec->length = BN_CHUNK_SIZE;
+        rec->pack = l->pack;
     }
-    pthread_mutex_unlock(&l->lock);
-    return r;
+    w->stats.stored_bytes += n * BN_CHUNK_SIZE;
+    pthread_mutex_unlock(&w->lock);
+    bn_pack_lane_done(w, l, n * BN_CHUNK_SIZE);
+    return 0;
 }
 
 /* ---- the calls ---- */
+
+static int open_writer(struct bn_pack_writer *w, int dirfd, const uint8_t key[BN_HASH_KEY_SIZE],
+                       const struct bn_pack_options *o, struct bn_error *err)
+{
+    w->dirfd = fcntl(dirfd, F_DUPFD_CLOEXEC, 3);
+    if (w->dirfd < 0)
+        return bn_error_set(err, errno, "store", "cannot use the image folder: %s", strerror(errno));
+    struct bn_error unlocked = BN_ERROR_INIT;
+    w->lock_fd = bn_image_lock(w->dirfd, false, &unlocked);
+    if (w->lock_fd == -EBUSY) /* it goes without locks, too */
+        return bn_error_set(err, EBUSY, unlocked.stage, "%s", unlocked.text);
+    w->key = bn_hash_key_new(key);
+    w->chunks = calloc(w->n_chunks ? w->n_chunks : 1, sizeof(*w->chunks));
+    bn_auto_free void *zero = aligned_alloc(BN_PACK_ALIGN, BN_CHUNK_SIZE);
+    if (!w->key || !w->chunks || !zero)
+        return bn_error_set(err, ENOMEM, "store", "out of memory");
+    bn_hash_chunk(w->key, memset(zero, 0, BN_CHUNK_SIZE), BN_CHUNK_SIZE, &w->zero);
+    return bn_pack_sources_open(w, o->parents, o->nparents, err);
+}
 
 int bn_pack_writer_open(int dirfd, const uint8_t key[BN_HASH_KEY_SIZE], uint32_t n_chunks,
                         const struct bn_pack_options *options, struct bn_pack_writer **out,
@@ -258,25 +205,14 @@ int bn_pack_writer_open(int dirfd, const uint8_t key[BN_HASH_KEY_SIZE], uint32_t
     w->pack_bytes = o.pack_bytes ? o.pack_bytes : BN_PACK_BYTES;
     w->pack_bytes = w->pack_bytes < batch ? batch : w->pack_bytes;
     w->n_chunks = n_chunks;
+    w->dirfd = w->lock_fd = -1;
     pthread_mutex_init(&w->lock, NULL);
     for (unsigned i = 0; i < BN_PACK_LANES; i++) {
         pthread_mutex_init(&w->lanes[i].lock, NULL);
-        w->lanes[i].pack = NONE;
+        w->lanes[i].pack = BN_NO_PACK;
         w->lanes[i].fd = -1;
     }
-    w->dirfd = fcntl(dirfd, F_DUPFD_CLOEXEC, 3);
-    int dup_errno = errno;
-    w->key = bn_hash_key_new(key);
-    w->chunks = calloc(n_chunks ? n_chunks : 1, sizeof(*w->chunks));
-    void *zero = aligned_alloc(BN_PACK_ALIGN, BN_CHUNK_SIZE);
-    int r = 0;
-    if (w->dirfd < 0)
-        r = bn_error_set(err, dup_errno, "store", "cannot use the image folder: %s", strerror(dup_errno));
-    else if (!w->key || !w->chunks || !zero)
-        r = bn_error_set(err, ENOMEM, "store", "out of memory");
-    else
-        bn_hash_chunk(w->key, memset(zero, 0, BN_CHUNK_SIZE), BN_CHUNK_SIZE, &w->zero);
-    free(zero);
+    int r = open_writer(w, dirfd, key, &o, err);
     if (r < 0) {
         bn_pack_writer_abort(w);
         return r;
@@ -285,26 +221,55 @@ int bn_pack_writer_open(int dirfd, const uint8_t key[BN_HASH_KEY_SIZE], uint32_t
     return 0;
 }
 
-/* Note where a chunk of these bytes is or will be. */
+static void count(struct bn_pack_writer *w, const struct bn_pack_record *rec, bool fresh)
+{
+    w->stats.chunks++;
+    w->stats.zero_chunks += !rec;
+    w->stats.same_chunks += rec && !fresh && rec->source == BN_NO_SOURCE;
+    w->stats.parent_chunks += rec && rec->source != BN_NO_SOURCE;
+}
+
+/* Note where a chunk of these bytes (NULL: zero) is or will be. *fresh: the caller has to write them, as *record. */
 static int place(struct bn_pack_writer *w, uint32_t chunk, const struct bn_hash *h, uint32_t *record,
                  bool *fresh)
 {
     int r = 0;
+    *fresh = false;
     pthread_mutex_lock(&w->lock);
+    struct bn_pack_record *rec = h ? bn_pack_table_find(&w->table, h) : NULL;
     if (bn_error_is_set(&w->failure))
         r = -w->failure.code;
-    else if (!h)
-        *fresh = false;
-    else
-        r = find_record(w, h, record, fresh);
+    else if (h && !rec) {
+        rec = bn_pack_table_add(&w->table, h);
+        *fresh = true;
+        r = rec ? 0 : -ENOMEM;
+    }
     if (r == 0) {
-        w->chunks[chunk] = h ? *record + 1 : CHUNK_ZERO;
-        w->stats.chunks++;
-        w->stats.zero_chunks += !h;
-        w->stats.same_chunks += h && !*fresh;
+        *record = rec ? (uint32_t)(rec - w->table.records) : 0;
+        w->chunks[chunk] = rec ? *record + 1 : BN_CHUNK_IS_ZERO;
+        count(w, rec, *fresh);
     }
     pthread_mutex_unlock(&w->lock);
     return r;
+}
+
+int bn_pack_writer_place(struct bn_pack_writer *w, uint32_t chunk, const struct bn_hash *h)
+{
+    if (chunk >= w->n_chunks || w->finished)
+        return -EINVAL;
+    int known = 0;
+    pthread_mutex_lock(&w->lock);
+    bool zero = bn_hash_equal(h, &w->zero);
+    const struct bn_pack_record *rec = zero ? NULL : bn_pack_table_find(&w->table, h);
+    if (bn_error_is_set(&w->failure))
+        known = -w->failure.code;
+    else if (zero || rec) {
+        w->chunks[chunk] = rec ? (uint32_t)(rec - w->table.records) + 1 : BN_CHUNK_IS_ZERO;
+        count(w, rec, false);
+        known = 1;
+    }
+    pthread_mutex_unlock(&w->lock);
+    return known;
 }
 
 int bn_pack_writer_add_batch(struct bn_pack_writer *w, const struct bn_pack_item *items, size_t n,
@@ -326,7 +291,7 @@ int bn_pack_writer_add_batch(struct bn_pack_writer *w, const struct bn_pack_item
             bn_hash_chunk(w->key, it->data, BN_CHUNK_SIZE, &h);
         int r = place(w, it->chunk, zero ? NULL : &h, &records[todo], &fresh);
         if (r < 0)
-            return fail(w, err, r, "no memory for the chunk table", NONE);
+            return bn_pack_fail(w, err, r, "no memory for the chunk table", BN_NO_PACK);
         if (fresh)
             data[todo++] = it->data;
     }
@@ -346,59 +311,116 @@ void bn_pack_writer_stats(const struct bn_pack_writer *w, struct bn_pack_stats *
     pthread_mutex_unlock(&mutable->lock);
 }
 
-static int sync_packs(struct bn_pack_writer *w, struct bn_error *err)
+int bn_pack_writer_relayout(struct bn_pack_writer *w, uint32_t n_chunks, struct bn_error *err)
 {
-    for (uint32_t i = 0; i < w->n_packs; i++) /* let the disk have all of them before waiting for the first */
-        sync_file_range(w->packs[i].fd, 0, 0, SYNC_FILE_RANGE_WRITE);
-    for (uint32_t i = 0; i < w->n_packs; i++)
-        if (fsync(w->packs[i].fd) < 0)
-            return fail(w, err, errno, "write", i);
-    if (fsync(w->dirfd) < 0 && errno != EINVAL)
-        return fail(w, err, errno, "cannot write the image folder", NONE);
+    if (w->finished || n_chunks > BN_MANIFEST_CHUNKS_MAX)
+        return bn_error_set(err, EINVAL, "store", "a new order of %u chunks: too many, or after the end",
+                            n_chunks);
+    uint32_t *chunks = calloc(n_chunks ? n_chunks : 1, sizeof(*chunks));
+    if (!chunks)
+        return bn_error_set(err, ENOMEM, "store", "out of memory for a table of %u chunks", n_chunks);
+    pthread_mutex_lock(&w->lock);
+    free(w->chunks);
+    w->chunks = chunks;
+    w->n_chunks = n_chunks;
+    w->stats.chunks = w->stats.zero_chunks = w->stats.same_chunks = w->stats.parent_chunks = 0;
+    pthread_mutex_unlock(&w->lock);
     return 0;
 }
 
-static int fill_chunks(const struct bn_pack_writer *w, struct bn_image_chunk *chunks, struct bn_error *err)
+/* ---- the end ---- */
+
+static int sync_packs(struct bn_pack_writer *w, struct bn_error *err)
 {
+    for (uint32_t i = 0; i < w->n_packs; i++) /* let the disk have all of them before waiting for the first */
+        if (w->packs[i].fd >= 0)
+            sync_file_range(w->packs[i].fd, 0, 0, SYNC_FILE_RANGE_WRITE);
+    for (uint32_t i = 0; i < w->n_packs; i++)
+        if (w->packs[i].fd >= 0 && fsync(w->packs[i].fd) < 0)
+            return bn_pack_fail(w, err, errno, "write", i);
+    if (fsync(w->dirfd) < 0 && errno != EINVAL)
+        return bn_pack_fail(w, err, errno, "cannot write the image folder", BN_NO_PACK);
+    return 0;
+}
+
+/* Which records this image needs: packs may hold more (chunks that were added twice, those of a pre-dump). */
+static int mark_used(struct bn_pack_writer *w, struct bn_error *err)
+{
+    for (uint32_t i = 0; i < w->table.n; i++)
+        w->table.records[i].used = false;
     for (uint32_t i = 0; i < w->n_chunks; i++) {
         if (w->chunks[i] == 0)
             return bn_error_set(err, EINVAL, "store", "chunk %u was never written", i);
-        if (w->chunks[i] == CHUNK_ZERO) {
+        if (w->chunks[i] == BN_CHUNK_IS_ZERO)
+            continue;
+        struct bn_pack_record *rec = &w->table.records[w->chunks[i] - 1];
+        if (rec->pack == BN_NO_PACK && rec->source == BN_NO_SOURCE)
+            return bn_error_set(err, EINVAL, "store", "chunk %u is still being written", i);
+        rec->used = true;
+    }
+    return 0;
+}
+
+static void fill_chunks(struct bn_pack_writer *w, struct bn_image_chunk *chunks)
+{
+    for (uint32_t i = 0; i < w->n_chunks; i++) {
+        if (w->chunks[i] == BN_CHUNK_IS_ZERO) {
             chunks[i] = (struct bn_image_chunk){.hash = w->zero, .flags = BN_CHUNK_ZERO};
             continue;
         }
-        const struct record *rec = &w->records[w->chunks[i] - 1];
-        if (rec->pack == NONE)
-            return bn_error_set(err, EINVAL, "store", "chunk %u is still being written", i);
-        chunks[i] = (struct bn_image_chunk){
-            .hash = rec->hash, .pack = rec->pack, .offset = rec->offset, .length = BN_CHUNK_SIZE};
+        const struct bn_pack_record *rec = &w->table.records[w->chunks[i] - 1];
+        chunks[i] = (struct bn_image_chunk){.hash = rec->hash,
+                                            .pack = rec->pack,
+                                            .offset = rec->offset,
+                                            .length = rec->length,
+                                            .encoding = rec->encoding};
+        w->packs[rec->pack].used = true;
     }
-    return 0;
+}
+
+/* The packs that are used, in the order of their numbers; the others are removed. Returns how many. */
+static uint32_t keep_packs(struct bn_pack_writer *w, struct bn_image_pack *packs)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < w->n_packs; i++) {
+        struct bn_pack_own *p = &w->packs[i];
+        if (p->used)
+            packs[n++] = (struct bn_image_pack){i, p->length};
+        else if (p->fd >= 0) {
+            bn_pack_file_unlink(w->dirfd, i);
+            p->fd = bn_close(p->fd);
+        }
+    }
+    return n;
 }
 
 int bn_pack_writer_finish(struct bn_pack_writer *w, struct bn_manifest *m, struct bn_error *err)
 {
     if (bn_error_is_set(&w->failure))
-        return fail(w, err, w->failure.code, "", NONE);
+        return bn_pack_fail(w, err, w->failure.code, "", BN_NO_PACK);
     if (w->finished || m->n_chunks != w->n_chunks ||
         memcmp(m->key, bn_hash_key_bytes(w->key), BN_HASH_KEY_SIZE))
         return bn_error_set(err, EINVAL, "store", "the packs were not written for this manifest");
+    int r = mark_used(w, err);
+    if (r == 0)
+        r = bn_pack_sources_bring(w, err);
+    if (r < 0)
+        return r;
     bn_auto_free struct bn_image_chunk *chunks = calloc(w->n_chunks ? w->n_chunks : 1, sizeof(*chunks));
     bn_auto_free struct bn_image_pack *packs = calloc(w->n_packs ? w->n_packs : 1, sizeof(*packs));
     if (!chunks || !packs)
         return bn_error_set(err, ENOMEM, "store", "out of memory");
-    int r = fill_chunks(w, chunks, err);
-    if (r == 0 && !(w->flags & BN_PACK_NOSYNC))
+    fill_chunks(w, chunks);
+    uint32_t n = keep_packs(w, packs);
+    if (!(w->flags & BN_PACK_NOSYNC))
         r = sync_packs(w, err);
     if (r < 0)
         return r;
-    for (uint32_t i = 0; i < w->n_packs; i++)
-        packs[i] = (struct bn_image_pack){i, w->packs[i].length};
     free(m->chunks);
     free(m->packs);
     m->chunks = BN_TAKE_PTR(chunks);
     m->packs = BN_TAKE_PTR(packs);
-    m->n_packs = w->n_packs;
+    m->n_packs = n;
     w->finished = true;
     return 0;
 }
@@ -408,22 +430,21 @@ static void destroy(struct bn_pack_writer *w, bool remove)
     if (!w)
         return;
     for (uint32_t i = 0; i < w->n_packs; i++) {
-        if (w->packs[i].fd < 0) /* could not be made: it is not ours to remove */
+        if (w->packs[i].fd < 0)
             continue;
         bn_close(w->packs[i].fd);
-        char name[BN_PACK_NAME_MAX];
-        snprintf(name, sizeof(name), BN_PACK_NAME, i);
         if (remove)
-            unlinkat(w->dirfd, name, 0);
+            bn_pack_file_unlink(w->dirfd, i);
     }
     for (unsigned i = 0; i < BN_PACK_LANES; i++)
         pthread_mutex_destroy(&w->lanes[i].lock);
     pthread_mutex_destroy(&w->lock);
+    bn_pack_sources_close(w);
     bn_close(w->dirfd);
+    bn_close(w->lock_fd);
     bn_hash_key_free(w->key);
     free(w->chunks);
-    free(w->records);
-    free(w->table);
+    bn_pack_table_free(&w->table);
     free(w->packs);
     free(w);
 }
