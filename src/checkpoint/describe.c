@@ -48,15 +48,16 @@ static int add_segments(struct bn_manifest *m, struct bn_gpu *gpu, const struct 
 
 static int add_process(struct bn_manifest *m, struct bn_gpu *gpu, const struct bn_target *t)
 {
+    bool agent = t->agent || t->nsegs > 0; /* of one that is gone, what is held of it */
     struct bn_image_process *p = bn_manifest_add_process(m);
     if (!p)
         return -ENOMEM;
     p->pid = t->inner;
-    p->flags = t->agent ? BN_PROCESS_AGENT : BN_PROCESS_DRIVER;
+    p->flags = agent ? BN_PROCESS_AGENT : BN_PROCESS_DRIVER;
     p->driver_state = DRIVER_CHECKPOINTED;
     memcpy(p->instance, t->instance, sizeof(p->instance));
     memcpy(p->comm, t->comm, sizeof(p->comm));
-    if (t->agent)
+    if (agent)
         return add_segments(m, gpu, t, p);
     /* The driver does not say which GPU a process uses; the chip is what a restore must know. */
     const struct bn_gpu_info *first = bn_gpu_info(gpu, 0);

@@ -96,7 +96,7 @@ static int down_copy(struct bn_quiesce *q, struct bn_error *err)
 /* From the next step on, the processes depend on us. */
 static int down_guard(struct bn_quiesce *q, struct bn_error *err)
 {
-    return bn_records_put(q, BN_RECORD_GPU, err);
+    return bn_records_put(q, BN_STAGE_GUARDED, err);
 }
 
 static int evict(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)

@@ -19,6 +19,7 @@ struct bn_env {
     unsigned gate_timeout_ms; /* for all gates to close together */
     unsigned lock_timeout_ms; /* for the driver's lock of one process */
     struct bn_guard *guard;   /* keeps what must outlive the daemon; NULL: nobody does */
+    const char *spool;        /* folder of the disk tier's folders */
     const char *kill_at; /* tests: "STEP:begin", "STEP:one" or "STEP:end" at which to be killed, or NULL */
 };
 

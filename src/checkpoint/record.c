@@ -2,13 +2,13 @@
 
 #include "base/cleanup.h"
 #include "base/proc.h"
+#include "checkpoint/cold.h"
 
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define VERSION 1u
-#define HAS_AGENT 8u /* beside BN_RECORD_… */
+#define VERSION 2u
 
 void bn_record_clear(struct bn_record *r)
 {
@@ -66,6 +66,7 @@ static void write_target(struct bn_writer *w, const struct bn_target *t, struct 
     for (size_t p = 0; p < t->nparts; p++) {
         bn_write_bytes(w, bn_gpu_info(gpu, t->parts[p].dev)->uuid, 16);
         bn_write_u32(w, (uint32_t)t->parts[p].n);
+        bn_write_u64(w, t->parts[p].image_chunk);
         if (flags & BN_RECORD_HOST)
             write_spans(w, &t->parts[p]);
         else
@@ -73,13 +74,15 @@ static void write_target(struct bn_writer *w, const struct bn_target *t, struct 
     }
 }
 
-/* Descriptors in the order of the record: host memory, then one a segment. Borrowed from pool and sets. */
+/* Descriptors in the order of the record: host memory or folder, then one a segment. Borrowed from pool, folder and sets. */
 static int collect(const struct bn_quiesce *q, const struct bn_target *t, unsigned flags, int *fds, size_t *n,
                    struct bn_error *err)
 {
     *n = 0;
     if (t->nparts > 0 && (flags & BN_RECORD_HOST))
         fds[(*n)++] = t->parts[0].old ? t->parts[0].old->fd : bn_pool_fd(q->env->pool);
+    else if (t->nparts > 0 && (flags & BN_RECORD_DISK))
+        fds[(*n)++] = bn_cold_dirfd(t->parts[0].cold);
     for (size_t p = 0; p < t->nparts && (flags & BN_RECORD_GPU); p++)
         for (size_t i = 0; i < t->parts[p].n; i++) {
             int fd = bn_gpu_set_fd(t->parts[p].set, i, err);
@@ -95,17 +98,29 @@ static bool is_back(const struct bn_target *t)
     return !t->gated && !t->evicted && !t->locked && !t->checkpointed;
 }
 
-static int put_target(struct bn_quiesce *q, struct bn_target *t, unsigned flags, struct bn_error *err)
+/* What there is of a target, and of that what its record shall hold. */
+static unsigned what(const struct bn_target *t, enum bn_stage stage)
 {
-    uint64_t started;
-    bool host = t->nparts > 0, gpu = true;
+    bool host = t->nparts > 0, disk = t->nparts > 0, gpu = true;
     for (size_t p = 0; p < t->nparts; p++) {
         host = host && (t->parts[p].mem || t->parts[p].old);
+        disk = disk && t->parts[p].cold;
         gpu = gpu && t->parts[p].set;
     }
-    if ((flags & BN_RECORD_HOST) && (is_back(t) || (t->gated && !t->evicted && !gpu)))
+    unsigned bytes = host ? BN_RECORD_HOST : disk ? BN_RECORD_DISK : 0, sets = gpu ? BN_RECORD_GPU : 0;
+    switch (stage) {
+    case BN_STAGE_GUARDED: return sets;
+    case BN_STAGE_SUSPENDED: return BN_RECORD_SUSPENDED | (bytes ? bytes : sets);
+    default: return bytes | sets;
+    }
+}
+
+static int put_target(struct bn_quiesce *q, struct bn_target *t, enum bn_stage stage, struct bn_error *err)
+{
+    uint64_t started;
+    unsigned flags = what(t, stage) | (t->agent ? BN_RECORD_AGENT : 0);
+    if (stage != BN_STAGE_GUARDED && (is_back(t) || (t->gated && !t->evicted && !(flags & BN_RECORD_GPU))))
         return 0; /* it has its memory; at most its gate waits */
-    flags &= (host ? ~0u : ~BN_RECORD_HOST) & (gpu ? ~0u : ~BN_RECORD_GPU);
     if (bn_target_gone(t) || bn_proc_start_time(t->pid, &started) < 0)
         return 0;
     bn_auto_free int *fds = calloc(t->nsegs + 1, sizeof(*fds));
@@ -116,7 +131,7 @@ static int put_target(struct bn_quiesce *q, struct bn_target *t, unsigned flags,
     if (r < 0)
         return r;
     bn_auto_writer w = {0};
-    write_head(&w, q, flags | (t->agent ? HAS_AGENT : 0));
+    write_head(&w, q, flags);
     write_target(&w, t, q->env->gpu, started, flags);
     if (w.failed)
         return bn_error_set(err, ENOMEM, "guard", "out of memory");
@@ -128,7 +143,7 @@ static int put_target(struct bn_quiesce *q, struct bn_target *t, unsigned flags,
     return r;
 }
 
-int bn_records_put(struct bn_quiesce *q, unsigned flags, struct bn_error *err)
+int bn_records_put(struct bn_quiesce *q, enum bn_stage stage, struct bn_error *err)
 {
     struct bn_guard *g = q->env->guard;
     if (!g)
@@ -137,7 +152,7 @@ int bn_records_put(struct bn_quiesce *q, unsigned flags, struct bn_error *err)
         q->session = g->new_key(g);
     int r = 0;
     for (size_t i = 0; i < q->targets.n && r == 0; i++)
-        r = put_target(q, &q->targets.v[i], flags, err);
+        r = put_target(q, &q->targets.v[i], stage, err);
     return r;
 }
 
@@ -215,7 +230,8 @@ static int read_old(struct bn_reader *b, uint64_t bytes, int fd, struct bn_old_h
     return 0;
 }
 
-static int read_parts(struct bn_reader *b, struct bn_gpu *gpu, struct bn_target *t, size_t n, int host_fd)
+static int read_parts(struct bn_reader *b, struct bn_gpu *gpu, struct bn_target *t, size_t n, int host_fd,
+                      struct bn_cold *cold)
 {
     size_t first = 0;
     for (; t->nparts < n; t->nparts++) {
@@ -223,6 +239,7 @@ static int read_parts(struct bn_reader *b, struct bn_gpu *gpu, struct bn_target 
         const uint8_t *uuid = bn_read_bytes(b, 16);
         part->first = first;
         part->n = bn_read_u32(b);
+        part->image_chunk = bn_read_u64(b);
         if (!uuid || part->n > t->nsegs - first)
             return -EBADMSG;
         for (size_t i = 0; i < part->n; i++)
@@ -235,6 +252,7 @@ static int read_parts(struct bn_reader *b, struct bn_gpu *gpu, struct bn_target 
         int r = read_old(b, part->bytes, host_fd, &part->old);
         if (r < 0)
             return r;
+        part->cold = cold ? bn_cold_ref(cold) : NULL;
     }
     return first == t->nsegs ? 0 : -EBADMSG;
 }
@@ -248,8 +266,8 @@ static int read_target(struct bn_reader *b, struct bn_record *r, unsigned flags,
     size_t nsegs = bn_read_u32(b), nparts = bn_read_u32(b);
     if (!instance || nsegs > bn_reader_left(b) / sizeof(*t->segs) || nparts > nsegs)
         return -EBADMSG;
-    bool host = nparts > 0 && (flags & BN_RECORD_HOST);
-    if (r->nfds != (flags & BN_RECORD_GPU ? nsegs : 0) + host)
+    bool host = nparts > 0 && (flags & BN_RECORD_HOST), disk = nparts > 0 && (flags & BN_RECORD_DISK);
+    if (r->nfds != (flags & BN_RECORD_GPU ? nsegs : 0) + host + disk)
         return -EBADMSG;
     memcpy(t->instance, instance, sizeof(t->instance));
     t->segs = calloc(nsegs ? nsegs : 1, sizeof(*t->segs));
@@ -258,8 +276,15 @@ static int read_target(struct bn_reader *b, struct bn_record *r, unsigned flags,
         return -ENOMEM;
     t->nsegs = nsegs;
     memcpy(t->segs, bn_read_bytes(b, nsegs * sizeof(*t->segs)), nsegs * sizeof(*t->segs));
-    t->gated = t->evicted = flags & HAS_AGENT; /* until somebody looks */
-    return read_parts(b, gpu, t, nparts, host ? r->fds[0] : -1);
+    t->gated = t->evicted = flags & BN_RECORD_AGENT; /* until somebody looks */
+    struct bn_cold *cold = NULL;
+    int rc = disk ? bn_cold_open(r->fds[0], &cold, NULL) : 0;
+    if (rc == 0)
+        rc = read_parts(b, gpu, t, nparts, host ? r->fds[0] : -1, cold);
+    if (cold && rc < 0)
+        bn_cold_keep(cold);
+    bn_cold_unref(cold);
+    return rc;
 }
 
 /* The number may be another process's by now. */
@@ -308,6 +333,7 @@ int bn_record_target(struct bn_record *r, struct bn_gpu *gpu, struct bn_target *
     if (rc == 0)
         rc = take_fds(r, head.flags, made.nsegs, fds);
     if (rc < 0) {
+        bn_target_keep_folder(&made); /* others of its tree may need it */
         bn_target_clear(&made);
         return bn_error_set(err, rc, "recover", "cannot take up process %d again: %s", made.pid,
                             strerror(-rc));

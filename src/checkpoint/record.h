@@ -1,12 +1,7 @@
 /* What must outlive the daemon. Before a process loses something that only the daemon can give back, a record of it goes to the
  * keeper, with the descriptors that hold it alive: its GPU memory, or the host memory that its bytes lie in. When the daemon is
- * killed, the next one gets the records and puts the processes back (recover.h).
- *
- * Stages of a target's record, each replacing the one before:
- *   1. before it is evicted: its segments and the GPU memory itself
- *   2. suspended, copy complete: its segments and where their bytes lie in host memory
- *   3. before a resume gives memory back: both; the GPU memory is the new one
- * and it is dropped when the gate is open again, or the process gone.
+ * killed, the next one gets the records and puts the processes back (recover.h). A record is dropped when the gate is open again, or
+ * the process gone.
  */
 #pragma once
 
@@ -36,12 +31,22 @@ struct bn_record {
 /* Frees content, not r itself. */
 void bn_record_clear(struct bn_record *r);
 
-#define BN_RECORD_SUSPENDED 1u /* the process is to stay as it is until somebody resumes it */
-#define BN_RECORD_HOST 2u      /* its bytes are in host memory, whole: record where */
-#define BN_RECORD_GPU 4u       /* record the sets */
+/* What the record of a target holds beside its segments. Each stage replaces the one before. */
+enum bn_stage {
+    BN_STAGE_GUARDED, /* before it is evicted: the GPU memory itself */
+    BN_STAGE_SUSPENDED, /* the copy is complete: where the bytes are, be it on the GPU, in host memory or on the disk */
+    BN_STAGE_GIVING, /* before a resume gives memory back: that, and the GPU memory that they are going to */
+};
 
-/* Record every living target of q as `flags` say. Does nothing without a guard. */
-int bn_records_put(struct bn_quiesce *q, unsigned flags, struct bn_error *err);
+/* In the head of a target's record. */
+#define BN_RECORD_SUSPENDED 1u /* the process is to stay as it is until somebody resumes it */
+#define BN_RECORD_HOST 2u      /* its bytes are in host memory: the first descriptor */
+#define BN_RECORD_GPU 4u       /* GPU memory: a descriptor for each segment, the last ones */
+#define BN_RECORD_AGENT 8u     /* it has an agent */
+#define BN_RECORD_DISK 16u     /* its bytes are in a folder: the first descriptor */
+
+/* Record every living target of q. Does nothing without a guard. */
+int bn_records_put(struct bn_quiesce *q, enum bn_stage stage, struct bn_error *err);
 /* Drop the records of targets that have everything back or are gone; with `all`, of every one. */
 void bn_records_drop(struct bn_quiesce *q, bool all);
 

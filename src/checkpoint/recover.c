@@ -1,7 +1,10 @@
 #include "checkpoint/recover.h"
 
 #include "base/cleanup.h"
+#include "base/io.h"
+#include "checkpoint/cold.h"
 #include "checkpoint/suspend_internal.h"
+#include "checkpoint/tier.h"
 #include "store/image_dir.h"
 
 #include <fcntl.h>
@@ -58,9 +61,49 @@ static int open_one(struct bn_env *env, struct bn_record *record, struct bn_targ
     }
     *on_gpu = fds != NULL;
     r = fds ? import_sets(t, env->gpu, fds, err) : 0;
-    if (r < 0)
+    if (r < 0) {
+        bn_target_keep_folder(t);
         bn_target_clear(t);
+    }
     return r < 0 ? r : 1;
+}
+
+/* All of a tree have one folder, and share what stands for it: the last of them removes it. */
+static void share_folder(struct bn_targets *targets)
+{
+    struct bn_cold *first = NULL;
+    for (size_t i = 0; i < targets->n; i++)
+        for (size_t p = 0; p < targets->v[i].nparts; p++) {
+            struct bn_cold **cold = &targets->v[i].parts[p].cold;
+            if (!*cold || *cold == first)
+                continue;
+            if (first && bn_cold_same(first, bn_cold_dirfd(*cold))) {
+                bn_cold_keep(*cold);
+                bn_cold_unref(*cold);
+                *cold = bn_cold_ref(first);
+            } else {
+                first = *cold;
+            }
+        }
+}
+
+/* Of a tree that has ended meanwhile. */
+static void remove_folders(struct bn_record *const *records, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        struct bn_record_head head;
+        if (bn_record_head(records[i], &head) == 0 && (head.flags & BN_RECORD_DISK) && records[i]->nfds > 0)
+            bn_cold_remove(records[i]->fds[0]);
+    }
+}
+
+/* What the driver alone has saved is in host memory, too. */
+static const struct bn_tier *tier_of(const struct bn_targets *targets)
+{
+    for (size_t i = 0; i < targets->n; i++)
+        if (targets->v[i].nparts > 0)
+            return bn_tier_of(&targets->v[i].parts[0]);
+    return bn_tier_find(BN_TIER_HOST);
 }
 
 int bn_recover_open(struct bn_env *env, struct bn_record *const *records, size_t n, struct bn_suspended **out,
@@ -83,6 +126,8 @@ int bn_recover_open(struct bn_env *env, struct bn_record *const *records, size_t
         if (r == 0)
             r = open_one(env, records[i], &v[s->q.targets.n], &on_gpu, err);
         if (r < 0) {
+            for (size_t k = 0; k < s->q.targets.n; k++)
+                bn_target_keep_folder(&s->q.targets.v[k]);
             bn_targets_free(&s->q.targets); /* and not their records */
             free(s);
             return bn_error_set(err, r, "recover", "a record of an earlier bennud makes no sense");
@@ -91,13 +136,17 @@ int bn_recover_open(struct bn_env *env, struct bn_record *const *records, size_t
             continue;
         s->q.root = head.root;
         s->q.session = head.session;
-        s->giving = s->giving || on_gpu;
+        s->giving = s->giving || (on_gpu && !(head.flags & BN_RECORD_SUSPENDED));
         all = all && (head.flags & BN_RECORD_SUSPENDED);
         if (head.flags & BN_RECORD_SUSPENDED)
             v[s->q.targets.n].locked = v[s->q.targets.n].checkpointed = true;
         s->q.targets.n++;
     }
+    share_folder(&s->q.targets);
+    s->tier = tier_of(&s->q.targets);
+    s->used_ns = bn_now_ns();
     if (s->q.targets.n == 0) {
+        remove_folders(records, n);
         bn_suspended_free(s);
         s = NULL;
     }
@@ -224,7 +273,7 @@ static int look_at_agent(struct bn_target *t, struct bn_error *err)
     if (!t->gated) { /* it goes on already, and what we hold of it is old */
         bn_agent_detach(t->agent);
         bn_target_release(t);
-        bn_target_drop_host(t);
+        bn_target_drop_saved(t);
         return 0;
     }
     bool has_sets = true;

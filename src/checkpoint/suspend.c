@@ -2,9 +2,9 @@
 
 #include "base/cleanup.h"
 #include "base/io.h"
-#include "checkpoint/copies.h"
 #include "checkpoint/record.h"
 #include "checkpoint/suspend_internal.h"
+#include "checkpoint/tier.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -14,71 +14,66 @@ static struct bn_suspended *of(struct bn_quiesce *q)
     return (struct bn_suspended *)((char *)q - offsetof(struct bn_suspended, q));
 }
 
-static int copy_to_host(struct bn_quiesce *q, struct bn_target *t, struct bn_target_part *part, void *arg,
-                        struct bn_copy **job, struct bn_error *err)
+static int start_saving(struct bn_quiesce *q, struct bn_error *err)
 {
-    (void)t, (void)arg;
-    int r = bn_mem_alloc(q->env->pool, part->bytes, &part->mem, err);
+    struct bn_suspended *s = of(q);
+    int r = s->tier->save ? s->tier->save(s, err) : 0;
     if (r < 0)
-        return r;
-    struct bn_copy_spec spec = {.mode = BN_COPY_TO_HOST, .set = part->set, .mem = part->mem};
-    return bn_copy_start(q->env->copier, &spec, job, err);
-}
-
-static void free_host(struct bn_targets *targets)
-{
-    for (size_t i = 0; i < targets->n; i++)
-        bn_target_drop_host(&targets->v[i]);
-}
-
-static int start_to_host(struct bn_quiesce *q, struct bn_error *err)
-{
-    int r = bn_copies_start(&of(q)->copies, q, "copy-out", copy_to_host, NULL, err);
-    if (r < 0)
-        free_host(&q->targets);
+        bn_tier_undo(s, s->tier);
     return r;
 }
 
-static int drop_to_host(struct bn_quiesce *q, struct bn_error *err)
+static int drop_saved(struct bn_quiesce *q, struct bn_error *err)
 {
+    struct bn_suspended *s = of(q);
     (void)err;
-    bn_copies_cancel(&of(q)->copies, q);
-    free_host(&q->targets);
+    bn_copies_cancel(&s->copies, q);
+    bn_tier_undo(s, s->tier);
     return 0;
 }
 
-static int finish_from_host(struct bn_quiesce *q, struct bn_error *err)
+static int finish_loading(struct bn_quiesce *q, struct bn_error *err)
 {
     return bn_copies_finish(&of(q)->copies, q, NULL, err);
 }
 
-int bn_suspend(struct bn_env *env, pid_t root, unsigned flags, struct bn_report *report, const bool *cancel,
-               struct bn_suspended **out, struct bn_error *err)
+/* Everything was taken away: wait for the bytes to be where they shall be. */
+static int rest(struct bn_suspended *s, const bool *cancel, struct bn_error *err)
 {
+    int r = s->tier->saved ? s->tier->saved(s, cancel, err) : 0;
+    bn_kill_point(s->q.env, "suspended", "begin");
+    if (r == 0)
+        r = bn_records_put(&s->q, BN_STAGE_SUSPENDED, err);
+    bn_kill_point(s->q.env, "suspended", "one");
+    if (r < 0) {
+        bn_records_put(&s->q, BN_STAGE_GUARDED, NULL);
+        bn_quiesce_up(&s->q, NULL);
+    }
+    return r;
+}
+
+int bn_suspend(struct bn_env *env, pid_t root, uint32_t tier, unsigned flags, struct bn_report *report,
+               const bool *cancel, struct bn_suspended **out, struct bn_error *err)
+{
+    const struct bn_tier *to = bn_tier_find(tier);
+    if (!to)
+        return bn_error_set(err, EINVAL, "suspend", "this bennud knows no tier %u", tier);
     struct bn_suspended *s = calloc(1, sizeof(*s));
     if (!s)
         return bn_error_set(err, ENOMEM, "suspend", "out of memory");
+    s->tier = to;
     s->q = (struct bn_quiesce){.env = env,
                                .report = report,
                                .root = root,
                                .flags = flags,
-                               .copy_start = start_to_host,
-                               .copy_end = drop_to_host};
+                               .copy_start = start_saving,
+                               .copy_end = drop_saved};
     int r = bn_quiesce_down(&s->q, err);
     if (r == 0 && s->q.targets.n == 0)
         r = bn_error_set(err, ENODATA, "find", "process %d does not use CUDA: there is nothing to suspend",
                          root);
-    else if (r == 0) {
-        r = bn_copies_finish(&s->copies, &s->q, cancel, err);
-        bn_kill_point(env, "suspended", "begin");
-        if (r == 0)
-            r = bn_records_put(&s->q, BN_RECORD_SUSPENDED | BN_RECORD_HOST, err);
-        bn_kill_point(env, "suspended", "one");
-        if (r < 0) {
-            bn_records_put(&s->q, BN_RECORD_GPU, NULL);
-            bn_quiesce_up(&s->q, NULL);
-        }
-    }
+    else if (r == 0)
+        r = rest(s, cancel, err);
     if (r < 0) {
         struct bn_suspended *left = bn_suspended_take(&s->q);
         bn_suspended_free(s);
@@ -86,8 +81,8 @@ int bn_suspend(struct bn_env *env, pid_t root, unsigned flags, struct bn_report 
             *out = left;
         return r;
     }
-    for (size_t i = 0; i < s->q.targets.n; i++)
-        bn_target_release(&s->q.targets.v[i]);
+    bn_tier_keep(s, to);
+    s->used_ns = bn_now_ns();
     s->q.report = NULL;
     *out = s;
     bn_kill_point(env, "suspended", "end");
@@ -100,50 +95,12 @@ struct bn_suspended *bn_suspended_take(struct bn_quiesce *q)
     if (!s)
         return NULL;
     s->q = (struct bn_quiesce){.env = q->env, .root = q->root, .targets = q->targets, .session = q->session};
+    s->tier = bn_tier_find(BN_TIER_GPU);
+    s->used_ns = bn_now_ns();
     s->giving = true; /* the bytes are on the GPU, in sets that the processes shall have */
     s->look = true;
     q->targets = (struct bn_targets){0};
     return s;
-}
-
-/* From the host memory of an earlier daemon. Chunks come in any order. */
-static int produce_old(void *arg, uint64_t chunk, unsigned nchunks, void *data, struct bn_error *err)
-{
-    const struct bn_old_host *old = arg;
-    uint64_t at = chunk * BN_GPU_CHUNK, left = nchunks * BN_GPU_CHUNK;
-    uint8_t *to = data;
-    for (size_t i = 0; i < old->n && left > 0; i++) {
-        if (at >= old->spans[i].bytes) {
-            at -= old->spans[i].bytes;
-            continue;
-        }
-        uint64_t n = old->spans[i].bytes - at;
-        n = n < left ? n : left;
-        int r = bn_pread_full(old->fd, to, n, old->spans[i].at + at);
-        if (r < 0)
-            return bn_error_set(err, r, "copy-in", "cannot read the host memory of the earlier bennud: %s",
-                                strerror(-r));
-        to += n;
-        left -= n;
-        at = 0;
-    }
-    return left == 0 ? 0
-                     : bn_error_set(err, EBADMSG, "copy-in", "host memory of the earlier bennud is missing");
-}
-
-static int copy_from_host(struct bn_quiesce *q, struct bn_target *t, struct bn_target_part *part, void *arg,
-                          struct bn_copy **job, struct bn_error *err)
-{
-    (void)arg;
-    if (!t->gated || !part->set) /* it runs on that memory already; it is gone */
-        return 0;
-    if (!part->mem && !part->old) /* the bytes never left the GPU */
-        return 0;
-    struct bn_copy_spec spec = {.mode = BN_COPY_FROM_HOST, .set = part->set, .mem = part->mem};
-    if (part->old)
-        spec = (struct bn_copy_spec){
-            .mode = BN_COPY_IN, .set = part->set, .produce = produce_old, .arg = part->old};
-    return bn_copy_start(q->env->copier, &spec, job, err);
 }
 
 /* A target that was given its memory at an earlier try needs none. */
@@ -159,12 +116,21 @@ static int create_sets(struct bn_quiesce *q, struct bn_error *err)
 }
 
 /* Free the GPU again. Records first: what they hold is what counts if we die. */
-static void back_to_host(struct bn_quiesce *q)
+static void back_to_rest(struct bn_suspended *s)
 {
-    if (bn_records_put(q, BN_RECORD_SUSPENDED | BN_RECORD_HOST, NULL) < 0)
-        return;
-    for (size_t i = 0; i < q->targets.n; i++)
-        bn_target_release(&q->targets.v[i]);
+    if (bn_records_put(&s->q, BN_STAGE_SUSPENDED, NULL) == 0)
+        bn_tier_undo(s, bn_tier_find(BN_TIER_GPU));
+}
+
+static bool to_load(const struct bn_suspended *s)
+{
+    for (size_t i = 0; i < s->q.targets.n; i++)
+        for (size_t p = 0; p < s->q.targets.v[i].nparts; p++) {
+            const struct bn_tier *tier = bn_tier_of(&s->q.targets.v[i].parts[p]);
+            if (tier && tier->load)
+                return true;
+        }
+    return false;
 }
 
 int bn_resume(struct bn_suspended **sp, struct bn_report *report, struct bn_error *err)
@@ -177,7 +143,8 @@ int bn_resume(struct bn_suspended **sp, struct bn_report *report, struct bn_erro
             return r;
     }
     q->report = report;
-    q->copy_end = finish_from_host;
+    q->copy_end = finish_loading;
+    s->used_ns = bn_now_ns();
 
     int phase = bn_report_begin(report, "allocate");
     bn_kill_point(q->env, "allocate", "begin");
@@ -185,14 +152,14 @@ int bn_resume(struct bn_suspended **sp, struct bn_report *report, struct bn_erro
     bn_report_end(report, phase, 0);
     bn_kill_point(q->env, "allocate", "end");
     if (r == 0)
-        r = bn_records_put(q, BN_RECORD_HOST | BN_RECORD_GPU, err);
+        r = bn_records_put(q, BN_STAGE_GIVING, err);
     bn_kill_point(q->env, "copy-in", "begin");
-    if (r == 0)
-        r = bn_copies_start(&s->copies, q, "copy-in", copy_from_host, NULL, err);
+    if (r == 0 && to_load(s))
+        r = bn_copies_start(&s->copies, q, "copy-in", bn_tier_load, NULL, err);
     bn_kill_point(q->env, "copy-in", "one");
     if (r < 0) {
         if (!s->giving)
-            back_to_host(q);
+            back_to_rest(s);
         q->report = NULL;
         return r;
     }
@@ -211,7 +178,6 @@ void bn_suspended_free(struct bn_suspended *s)
     if (!s)
         return;
     bn_records_drop(&s->q, true);
-    free_host(&s->q.targets);
     bn_targets_free(&s->q.targets);
     free(s);
 }
@@ -232,4 +198,19 @@ bool bn_suspended_dead(const struct bn_suspended *s)
         if (!bn_target_gone(&s->q.targets.v[i]))
             return false;
     return true;
+}
+
+uint64_t bn_suspended_bytes(const struct bn_target *t, uint32_t tier)
+{
+    uint64_t bytes = 0;
+    for (size_t p = 0; p < t->nparts; p++) {
+        const struct bn_tier *has = bn_tier_of(&t->parts[p]);
+        bytes += has && has->id == tier ? t->parts[p].bytes : 0;
+    }
+    return bytes;
+}
+
+uint32_t bn_suspended_tier(const struct bn_suspended *s)
+{
+    return s->tier->id;
 }

@@ -1,15 +1,16 @@
-/* Suspend and resume: the GPU memory of a tree goes to the host tier and comes back; the processes stay. */
+/* Suspend and resume: the GPU memory of a tree goes to one of the tiers (tier.h) and comes back; the processes stay. */
 #pragma once
 
 #include "checkpoint/quiesce.h"
+#include "wire/control.h"
 
 struct bn_suspended;
 
-/* Stops the tree below `root` and frees the GPU of it: evictable memory to pinned host memory, the rest into the processes by
- * the driver. On failure everything is as before; where that could not be, *out is set all the same, for bn_resume. Blocks; `cancel` (may be NULL) may be set by another thread.
- * -ENODATA: no process of the tree uses CUDA. */
-int bn_suspend(struct bn_env *env, pid_t root, unsigned flags, struct bn_report *report, const bool *cancel,
-               struct bn_suspended **out, struct bn_error *err);
+/* Stops the tree below `root` and takes its GPU memory: what an agent can evict to `tier` (BN_TIER_…), the rest into the processes by
+ * the driver. On failure everything is as before; where that could not be, *out is set all the same, for bn_resume. Blocks; `cancel`
+ * (may be NULL) may be set by another thread. -ENODATA: no process of the tree uses CUDA; -EINVAL: no such tier. */
+int bn_suspend(struct bn_env *env, pid_t root, uint32_t tier, unsigned flags, struct bn_report *report,
+               const bool *cancel, struct bn_suspended **out, struct bn_error *err);
 
 /* Brings it back. When the GPU lacks memory nothing is changed and it can be tried again (-ENOMEM). On success *s is freed and set
  * NULL; on other failures what could be brought back runs, and the object is kept. */
@@ -18,10 +19,15 @@ int bn_resume(struct bn_suspended **s, struct bn_report *report, struct bn_error
 /* For a way up that failed: takes q's targets over, for bn_resume to try again. NULL: there is nothing to try (or no memory). */
 struct bn_suspended *bn_suspended_take(struct bn_quiesce *q);
 
-/* Forget it: for trees that are gone. Frees the host memory. A process that still lives stays stopped for good. */
+/* Forget it: for trees that are gone. Frees what is held. A process that still lives stays stopped for good. */
 void bn_suspended_free(struct bn_suspended *s);
 
 const struct bn_targets *bn_suspended_targets(const struct bn_suspended *s);
 pid_t bn_suspended_root(const struct bn_suspended *s);
 /* True when no process of it lives any more. */
 bool bn_suspended_dead(const struct bn_suspended *s);
+
+/* How many bytes of one of its processes are in a tier (BN_TIER_…). */
+uint64_t bn_suspended_bytes(const struct bn_target *t, uint32_t tier);
+/* The tier that it was suspended to, or moved to since. */
+uint32_t bn_suspended_tier(const struct bn_suspended *s);

@@ -1,4 +1,4 @@
-/* What suspend.c and recover.c share. */
+/* What suspend.c, tier.c and recover.c share. */
 #pragma once
 
 #include "checkpoint/copies.h"
@@ -7,8 +7,10 @@
 struct bn_suspended {
     struct bn_quiesce q;
     struct bn_copies copies;
-    bool giving; /* a resume has begun to give memory back: its sets are the processes' now */
-    bool look;   /* taken up from a record: what has been done to the processes is still to be found out */
+    const struct bn_tier *tier; /* where it is, or was on its way to when a daemon was killed */
+    uint64_t used_ns;           /* when it was suspended, or somebody last tried to resume it */
+    bool giving;                /* a resume has begun to give memory back: its sets are the processes' now */
+    bool look; /* taken up from a record: what has been done to the processes is still to be found out */
 };
 
 /* recover.c: set the targets' flags to what the processes themselves say. They must be able to run. */

@@ -4,6 +4,7 @@
 #include "base/io.h"
 #include "base/parallel.h"
 #include "base/proc.h"
+#include "checkpoint/cold.h"
 
 #include <fcntl.h>
 #include <poll.h>
@@ -26,7 +27,7 @@ static bool maps_driver(pid_t pid)
     return false;
 }
 
-void bn_target_drop_host(struct bn_target *t)
+void bn_target_drop_saved(struct bn_target *t)
 {
     for (size_t i = 0; i < t->nparts; i++) {
         struct bn_target_part *part = &t->parts[i];
@@ -34,15 +35,24 @@ void bn_target_drop_host(struct bn_target *t)
         if (part->old)
             bn_close(part->old->fd);
         free(part->old);
+        bn_cold_unref(part->cold);
         part->mem = NULL;
         part->old = NULL;
+        part->cold = NULL;
     }
+}
+
+void bn_target_keep_folder(struct bn_target *t)
+{
+    for (size_t i = 0; i < t->nparts; i++)
+        if (t->parts[i].cold)
+            bn_cold_keep(t->parts[i].cold);
 }
 
 void bn_target_clear(struct bn_target *t)
 {
     bn_target_release(t);
-    bn_target_drop_host(t);
+    bn_target_drop_saved(t);
     bn_agent_free(t->agent);
     bn_close(t->pidfd);
     free(t->segs);

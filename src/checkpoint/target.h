@@ -16,6 +16,8 @@
 #include <stddef.h>
 #include <sys/types.h>
 
+struct bn_cold; /* cold.h */
+
 /* Bytes in the host memory of a daemon that was killed: the keeper kept its file. */
 struct bn_old_host {
     int fd;
@@ -34,6 +36,7 @@ struct bn_target_part {
     struct bn_gpu_set *set;  /* the memory on the GPU, while we hold it */
     struct bn_mem *mem;      /* the bytes in the host tier, while they are there */
     struct bn_old_host *old; /* or there */
+    struct bn_cold *cold; /* a reference to the folder of the disk tier that has them, from image_chunk on */
 };
 
 struct bn_target {
@@ -100,5 +103,6 @@ int bn_target_create_sets(struct bn_target *t, struct bn_gpu *gpu,
                           struct bn_error *err);                    /* anew, empty, where missing */
 int bn_target_give_back(struct bn_target *t, struct bn_error *err); /* needs the sets */
 void bn_target_release(struct bn_target *t);                        /* free the sets */
-void bn_target_drop_host(struct bn_target *t);                      /* free the bytes in the host tier */
+void bn_target_drop_saved(struct bn_target *t);  /* free the bytes in host memory and on disk */
+void bn_target_keep_folder(struct bn_target *t); /* what is on disk outlives the target */
 int bn_target_open_gate(struct bn_target *t, struct bn_error *err);

@@ -132,8 +132,8 @@ int cli_watch_start(int sock, pid_t pid, int dirfd, struct cli_progress *progres
  * (empty when there was no session); negative: its error, in *err. */
 int cli_watch_finish(struct cli_watch *w, bool expected, struct bn_phases *phases, struct bn_error *err);
 
-/* suspend.c: `type` is BN_CTL_SUSPEND or BN_CTL_RESUME. Returns the exit code. */
-int cli_suspend_or_resume(uint16_t type, pid_t pid, bool as_json, bool silent);
+/* suspend.c: `type` is BN_CTL_SUSPEND or BN_CTL_RESUME; tier and flags are a suspend's. Returns the exit code. */
+int cli_suspend_or_resume(uint16_t type, pid_t pid, uint32_t tier, uint32_t flags, bool as_json, bool silent);
 
 /* --- criu.c --------------------------------------------------------------------------------------------------------------- */
 

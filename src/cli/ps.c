@@ -22,6 +22,12 @@ static const char *state_name(uint32_t state)
     return state < BN_ARRAY_SIZE(name) ? name[state] : "unknown";
 }
 
+/* NULL: in none. */
+static const char *tier_name(uint32_t tier)
+{
+    return tier < BN_TIERS ? bn_tier_names[tier] : NULL;
+}
+
 struct list {
     struct bn_ps_entry *entry;
     size_t n;
@@ -48,13 +54,15 @@ static void on_event(void *arg, const struct bn_ctl_head *head, struct bn_reader
 
 static void print_table(const struct list *l)
 {
-    char gpu[16], host[16];
-    printf("%7s %-15s %-10s %9s %9s %7s  %s\n", "PID", "COMMAND", "STATE", "GPU", "HOST", "ALLOCS", "NOTE");
+    char gpu[16], host[16], disk[16];
+    printf("%7s %-15s %-10s %-4s %9s %9s %9s %7s  %s\n", "PID", "COMMAND", "STATE", "TIER", "GPU", "HOST",
+           "DISK", "ALLOCS", "NOTE");
     for (size_t i = 0; i < l->n; i++) {
         const struct bn_ps_entry *e = &l->entry[i];
-        printf("%7u %-15s %-10s %9s %9s %7llu  %s\n", e->pid, e->comm, state_name(e->state),
-               cli_bytes(e->gpu_bytes, gpu), cli_bytes(e->host_bytes, host),
-               (unsigned long long)e->allocations, e->note);
+        const char *tier = tier_name(e->tier);
+        printf("%7u %-15s %-10s %-4s %9s %9s %9s %7llu  %s\n", e->pid, e->comm, state_name(e->state),
+               tier ? tier : "-", cli_bytes(e->gpu_bytes, gpu), cli_bytes(e->host_bytes, host),
+               cli_bytes(e->disk_bytes, disk), (unsigned long long)e->allocations, e->note);
     }
 }
 
@@ -71,6 +79,9 @@ static json_t *to_json(const struct list *l)
         json_object_set_new(p, "state", json_string(state_name(e->state)));
         json_object_set_new(p, "gpu_bytes", json_integer((json_int_t)e->gpu_bytes));
         json_object_set_new(p, "host_bytes", json_integer((json_int_t)e->host_bytes));
+        json_object_set_new(p, "disk_bytes", json_integer((json_int_t)e->disk_bytes));
+        const char *tier = tier_name(e->tier);
+        json_object_set_new(p, "tier", tier ? json_string(tier) : json_null());
         json_object_set_new(p, "allocations", json_integer((json_int_t)e->allocations));
         json_object_set_new(p, "unknown_functions", json_integer(e->unknown));
         json_object_set_new(p, "note", note ? note : json_null());

@@ -14,7 +14,7 @@ static int resume(int argc, char **argv)
     pid_t pid;
     if (cli_parse_pid(argv[0], &pid) < 0)
         return cli_usage("'%s' is not a process id", argv[0]);
-    return cli_suspend_or_resume(BN_CTL_RESUME, pid, json, quiet);
+    return cli_suspend_or_resume(BN_CTL_RESUME, pid, 0, 0, json, quiet);
 }
 
 const struct cli_command cli_resume = {

@@ -1,19 +1,23 @@
-/* bennu suspend: GPU memory of a running tree to the host, the GPU freed; the processes stay. */
+/* bennu suspend: GPU memory of a running tree to one of the tiers; the processes stay. */
 #include "cli/cli.h"
 
 #include "base/cleanup.h"
 #include "base/io.h"
 
+#include <string.h>
+
 static bool json, quiet;
+static const char *to = "host";
 
 static const struct cli_option options[] = {
+    {"to", 't', CLI_STRING, "TIER", &to, "where the memory goes: gpu, host (default) or disk"},
     {"json", 'j', CLI_FLAG, NULL, &json, "print the result as one JSON object"},
     {"quiet", 'q', CLI_FLAG, NULL, &quiet, "print nothing but errors"},
     {0},
 };
 
 /* Both are one request that is answered with a table of phases. */
-int cli_suspend_or_resume(uint16_t type, pid_t pid, bool as_json, bool silent)
+int cli_suspend_or_resume(uint16_t type, pid_t pid, uint32_t tier, uint32_t flags, bool as_json, bool silent)
 {
     struct bn_error err = BN_ERROR_INIT;
     struct bn_reader reply;
@@ -30,8 +34,8 @@ int cli_suspend_or_resume(uint16_t type, pid_t pid, bool as_json, bool silent)
         return cli_fail(CLI_NO_DAEMON, &err, as_json);
     bn_write_u32(&body, (uint32_t)pid);
     if (type == BN_CTL_SUSPEND) {
-        bn_write_u32(&body, BN_TIER_HOST);
-        bn_write_u32(&body, BN_CTL_F_PROGRESS);
+        bn_write_u32(&body, tier);
+        bn_write_u32(&body, BN_CTL_F_PROGRESS | flags);
     }
     uint64_t began = bn_now_ns();
     struct cli_progress *progress = cli_progress_new(type == BN_CTL_SUSPEND ? "suspend" : "resume");
@@ -58,18 +62,29 @@ int cli_suspend_or_resume(uint16_t type, pid_t pid, bool as_json, bool silent)
     return CLI_OK;
 }
 
+static uint32_t tier_of(const char *name)
+{
+    for (uint32_t id = 0; id < BN_TIERS; id++)
+        if (bn_tier_names[id] && strcmp(bn_tier_names[id], name) == 0)
+            return id;
+    return 0;
+}
+
 static int suspend(int argc, char **argv)
 {
     pid_t pid;
     if (cli_parse_pid(argv[0], &pid) < 0)
         return cli_usage("'%s' is not a process id", argv[0]);
-    return cli_suspend_or_resume(BN_CTL_SUSPEND, pid, json, quiet);
+    uint32_t tier = tier_of(to);
+    if (!tier)
+        return cli_usage("'%s' is no tier: gpu, host and disk are", to);
+    return cli_suspend_or_resume(BN_CTL_SUSPEND, pid, tier, 0, json, quiet);
 }
 
 const struct cli_command cli_suspend = {
     .name = "suspend",
     .operands = "PID",
-    .summary = "Move the GPU memory of a process and its children to the host and free the GPU",
+    .summary = "Stop a process and its children and take their GPU memory away",
     .options = options,
     .min = 1,
     .max = 1,

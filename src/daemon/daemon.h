@@ -44,6 +44,7 @@ struct published {
 struct daemon {
     struct bn_env env;
     const char *driver;     /* path, or NULL: the system's */
+    const char *spool;      /* folder of the disk tier */
     uint64_t host_limit;    /* bytes of pinned host memory */
     struct bn_error no_gpu; /* set: why the driver could not be opened; every request is answered with it */
 

@@ -3,11 +3,13 @@
 
 #include "base/cleanup.h"
 #include "base/proc.h"
+#include "checkpoint/cold.h"
 #include "config.h"
 #include "wire/control.h"
 
 #include <fcntl.h>
 #include <getopt.h>
+#include <limits.h>
 #include <inttypes.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -24,6 +26,7 @@
 struct options {
     const char *rundir;
     const char *driver;
+    const char *spool;
     uint64_t host_limit;
     int private_fd;
     bool worker;
@@ -36,6 +39,9 @@ static const char usage_text[] =
     "      --rundir DIR        folder of the socket (default " BENNU_RUNDIR ", or BENNU_RUNDIR)\n"
     "      --driver PATH       libcuda.so.1 to use (default: the system's, or BENNU_DRIVER)\n"
     "      --host-limit BYTES  most pinned host memory to use, with K, M, G or T (default: no limit)\n"
+    "      --spool DIR         folder for what is suspended to the disk (default /var/lib/bennu/spool; with "
+    "another\n"
+    "                          run folder: spool in that)\n"
     "      --private FD        serve the one connection on FD, then end (used by the CRIU plugin)\n"
     "      --help, --version\n";
 
@@ -262,11 +268,22 @@ static bool parse_bytes(const char *s, uint64_t *out)
     return true;
 }
 
+/* A daemon with a run folder of its own stays out of the machine's. */
+static const char *default_spool(const char *rundir)
+{
+    static char path[PATH_MAX];
+    if (strcmp(rundir, BENNU_RUNDIR) == 0)
+        return "/var/lib/bennu/spool";
+    snprintf(path, sizeof(path), "%s/spool", rundir);
+    return path;
+}
+
 static int parse_options(int argc, char **argv, struct options *o)
 {
-    enum { RUNDIR = 256, DRIVER, HOST_LIMIT, PRIVATE, WORKER, HELP, VERSION };
+    enum { RUNDIR = 256, DRIVER, SPOOL, HOST_LIMIT, PRIVATE, WORKER, HELP, VERSION };
     static const struct option longs[] = {{"rundir", required_argument, NULL, RUNDIR},
                                           {"driver", required_argument, NULL, DRIVER},
+                                          {"spool", required_argument, NULL, SPOOL},
                                           {"host-limit", required_argument, NULL, HOST_LIMIT},
                                           {"private", required_argument, NULL, PRIVATE},
                                           {"worker", required_argument, NULL, WORKER},
@@ -281,6 +298,7 @@ static int parse_options(int argc, char **argv, struct options *o)
         switch (c) {
         case RUNDIR: o->rundir = optarg; break;
         case DRIVER: o->driver = optarg; break;
+        case SPOOL: o->spool = optarg; break;
         case PRIVATE: o->private_fd = atoi(optarg); break;
         case WORKER: /* by the keeper, after all other options */
             o->worker = sscanf(optarg, "%d,%d,%d", &o->keeper_fd, &o->listen_fd, &o->private_fd) == 3;
@@ -299,6 +317,8 @@ static int parse_options(int argc, char **argv, struct options *o)
         fprintf(stderr, "bennud: unexpected argument '%s'\n", argv[optind]);
         return 2;
     }
+    if (!o->spool)
+        o->spool = default_spool(o->rundir);
     return -1;
 }
 
@@ -344,6 +364,8 @@ static int prepare(struct daemon *d, const struct options *o, struct bn_error *e
     if (r == 0 && n > 0)
         bn_daemon_recover(d, records, n);
     free(records);
+    if (r == 0 && o->private_fd < 0)
+        bn_cold_clean(d->spool);
     return r;
 }
 
@@ -391,6 +413,7 @@ static int serve_all(struct daemon *d, const struct options *o)
 static int be_worker(const struct options *o)
 {
     struct daemon d = {.driver = o->driver && *o->driver ? o->driver : NULL,
+                       .spool = o->spool,
                        .host_limit = o->host_limit,
                        .lock = PTHREAD_MUTEX_INITIALIZER,
                        .wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};

@@ -7,18 +7,23 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Bytes held in the host tier for a process; -1 when it is not suspended. */
-static int64_t host_bytes(struct daemon *d, pid_t pid)
+/* What is held of a suspended process, and where. */
+static void look_suspended(struct daemon *d, pid_t pid, struct bn_ps_entry *out)
 {
-    int64_t bytes = -1;
     pthread_mutex_lock(&d->lock);
-    for (struct suspended_entry *e = d->suspended; e && bytes < 0; e = e->next) {
+    for (struct suspended_entry *e = d->suspended; e; e = e->next) {
         ssize_t i = e->s ? bn_targets_index(bn_suspended_targets(e->s), pid) : -1;
-        if (i >= 0)
-            bytes = (int64_t)bn_target_bytes(&bn_suspended_targets(e->s)->v[i]);
+        if (i < 0)
+            continue;
+        const struct bn_target *t = &bn_suspended_targets(e->s)->v[i];
+        out->state = BN_PS_SUSPENDED;
+        out->tier = bn_suspended_tier(e->s);
+        out->gpu_bytes = bn_suspended_bytes(t, BN_TIER_GPU);
+        out->host_bytes = bn_suspended_bytes(t, BN_TIER_HOST);
+        out->disk_bytes = bn_suspended_bytes(t, BN_TIER_DISK);
+        break;
     }
     pthread_mutex_unlock(&d->lock);
-    return bytes;
 }
 
 static void describe(const struct bn_agent_page *p, struct bn_ps_entry *e)
@@ -71,12 +76,7 @@ static bool look(struct daemon *d, pid_t pid, struct bn_ps_entry *e)
         e->state = state == BN_CKPT_FAILED ? BN_PS_LOST : BN_PS_NO_AGENT;
         snprintf(e->note, sizeof(e->note), "no agent: the driver's own path, slow");
     }
-    int64_t held = host_bytes(d, pid);
-    if (held >= 0) {
-        e->state = BN_PS_SUSPENDED;
-        e->host_bytes = (uint64_t)held;
-        e->gpu_bytes = 0;
-    }
+    look_suspended(d, pid, e);
     if (bn_is_recovering(d, pid)) {
         e->state = BN_PS_RESTORING;
         snprintf(e->note, sizeof(e->note), "being brought back: bennud was killed");

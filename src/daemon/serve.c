@@ -236,8 +236,6 @@ static int on_suspend(struct client *c, struct request *rq, struct bn_writer *re
     pid_t pid = (pid_t)bn_read_u32(&rq->body);
     uint32_t tier = bn_read_u32(&rq->body), flags = bn_read_u32(&rq->body);
     struct bn_suspended *s = NULL;
-    if (tier != BN_TIER_HOST)
-        return bn_error_set(err, EINVAL, "suspend", "this bennud knows the host tier only");
     int r = session_open(c, pid, -1, err);
     if (r < 0)
         return r;
@@ -248,7 +246,7 @@ static int on_suspend(struct client *c, struct request *rq, struct bn_writer *re
     }
     struct pump pump;
     pump_start(&pump, c, c->report, flags & BN_CTL_F_PROGRESS);
-    r = bn_suspend(&c->d->env, pid, 0, c->report, &c->gone, &s, err);
+    r = bn_suspend(&c->d->env, pid, tier, 0, c->report, &c->gone, &s, err);
     pump_stop(&pump);
     if (r < 0) {
         keep_left(c, s);

@@ -9,6 +9,12 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
+const char *const bn_tier_names[BN_TIERS] = {
+    [BN_TIER_HOST] = "host",
+    [BN_TIER_GPU] = "gpu",
+    [BN_TIER_DISK] = "disk",
+};
+
 int bn_ctl_send(int sock, uint16_t type, bool reply, const struct bn_error *err, const struct bn_writer *body,
                 const int *fds, size_t nfds)
 {
@@ -200,6 +206,8 @@ void bn_write_ps_entry(struct bn_writer *w, const struct bn_ps_entry *e)
     bn_write_u64(w, e->allocations);
     bn_write_u32(w, e->unknown);
     bn_write_string(w, e->note);
+    bn_write_u64(w, e->disk_bytes);
+    bn_write_u32(w, e->tier);
 }
 
 void bn_read_ps_entry(struct bn_reader *r, struct bn_ps_entry *e)
@@ -212,4 +220,6 @@ void bn_read_ps_entry(struct bn_reader *r, struct bn_ps_entry *e)
     e->allocations = bn_read_u64(r);
     e->unknown = bn_read_u32(r);
     bn_read_string(r, e->note, sizeof(e->note));
+    e->disk_bytes = bn_read_u64(r);
+    e->tier = bn_read_u32(r);
 }

@@ -65,7 +65,9 @@ enum bn_ctl_type {
     BN_CTL_EV_PROCESS = 101,  /* struct bn_ps_entry */
 };
 
-enum bn_tier { BN_TIER_HOST = 1, BN_TIER_GPU = 2, BN_TIER_DISK = 3 };
+enum bn_tier_id { BN_TIER_HOST = 1, BN_TIER_GPU = 2, BN_TIER_DISK = 3 };
+#define BN_TIERS 4u
+extern const char *const bn_tier_names[BN_TIERS]; /* [0] is NULL */
 
 /* DUMP_BEGIN / SUSPEND / RESTORE_BEGIN flags */
 #define BN_CTL_F_PROGRESS 1u /* send events on this connection */
@@ -137,11 +139,13 @@ struct bn_ps_entry {
     uint32_t pid;
     char comm[16];
     uint32_t state;      /* enum bn_ps_state */
-    uint64_t gpu_bytes;  /* evictable */
-    uint64_t host_bytes; /* held for it by the daemon */
+    uint64_t gpu_bytes;  /* evictable, or kept on the GPU while it is suspended */
+    uint64_t host_bytes; /* held for it in host memory */
     uint64_t allocations;
-    uint32_t unknown; /* driver functions newer than the agent */
-    char note[160];   /* why stepped aside, blockers, names of unknown functions */
+    uint32_t unknown;    /* driver functions newer than the agent */
+    char note[160];      /* why stepped aside, blockers, names of unknown functions */
+    uint64_t disk_bytes; /* held for it in the spool folder */
+    uint32_t tier;       /* suspended: BN_TIER_…; else 0 */
 };
 
 /* Sending and receiving. Blocking, any thread, one user of a descriptor at a time. 0 or negative errno. */

@@ -33,12 +33,13 @@ def phases(*rows):
 def daemon_info(version="0.1.0", driver=13000, gpus=1):
     body = string(version) + string("/fake/libcuda.so.1") + struct.pack("<IBII", driver, 1, os.getpid(), gpus)
     for i in range(gpus):
-        body += string(f"Fake {i}") + bytes(16) + struct.pack("<IQQ", 90, 80 << 30, 70 << 30)
+        body += string(f"Fake {i}") + bytes(16) + struct.pack("<IQQ", 90, 80 << 30, 70 << 30) + string("")
     return body + struct.pack("<QQ", 64 << 30, 1 << 30)
 
 
 def process(pid, comm, state=0, note=""):
-    return (struct.pack("<I", pid) + string(comm) + struct.pack("<IQQQI", state, 3 << 30, 0, 12, 0) + string(note))
+    return (struct.pack("<I", pid) + string(comm) + struct.pack("<IQQQI", state, 3 << 30, 0, 12, 0) + string(note)
+            + struct.pack("<QI", 0, 0))
 
 
 class FakeBennud:

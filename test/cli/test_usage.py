@@ -311,16 +311,16 @@ class WithDaemon(Case):
         done = self.bennu("ps")
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         rows = done.stdout.splitlines()
-        self.assertEqual(rows[0].split(), ["PID", "COMMAND", "STATE", "GPU", "HOST", "ALLOCS", "NOTE"])
-        self.assertEqual(rows[1].split(), ["11", "python3", "running", "3.2", "GB", "0", "B", "12"])
+        self.assertEqual(rows[0].split(), ["PID", "COMMAND", "STATE", "TIER", "GPU", "HOST", "DISK", "ALLOCS", "NOTE"])
+        self.assertEqual(rows[1].split(), ["11", "python3", "running", "-", "3.2", "GB", "0", "B", "0", "B", "12"])
         self.assertIn("evil?[2J", rows[2])
         self.assertNotIn("\x1b", done.stdout)
         answer = json.loads(self.bennu("ps", "--json").stdout)
         self.assertIs(answer["ok"], True)
         self.assertEqual([p["pid"] for p in answer["processes"]], [11, 12])
         self.assertEqual(answer["processes"][0], {
-            "pid": 11, "command": "python3", "state": "running", "gpu_bytes": 3 << 30, "host_bytes": 0, "allocations": 12,
-            "unknown_functions": 0, "note": ""})
+            "pid": 11, "command": "python3", "state": "running", "gpu_bytes": 3 << 30, "host_bytes": 0, "disk_bytes": 0,
+            "tier": None, "allocations": 12, "unknown_functions": 0, "note": ""})
 
     def test_ps_of_nothing(self):
         self.daemon.plan["PS"] = lambda values, fds: b""
@@ -342,6 +342,10 @@ class WithDaemon(Case):
         self.assertRegex(done.stdout, r"copy out +0\.001 s +0\.100 s +4\.0 GB +40\.00\n")
         self.assertEqual(self.daemon.asked[-1], ("SUSPEND", [program.pid, 1, 1]))
         self.assertEqual(self.bennu("suspend", program.pid, "--quiet").stdout, "")
+        for tier, number in (("gpu", 2), ("disk", 3), ("host", 1)):
+            self.assertEqual(self.bennu("suspend", program.pid, "--quiet", "--to", tier).returncode, 0)
+            self.assertEqual(self.daemon.asked[-1], ("SUSPEND", [program.pid, number, 1]))
+        self.assertEqual(self.bennu("suspend", program.pid, "--to", "tape").returncode, 2)
         answer = json.loads(self.bennu("suspend", "--json", program.pid).stdout)
         self.assertEqual(answer["phases"][1], {"name": "copy out", "start_s": 0.001, "duration_s": 0.1,
                                                "bytes": 4_000_000_000})

@@ -68,7 +68,7 @@ class Output(Case):
         self.assertEqual(set(answer), {"ok", "pid", "directory", "detached", "gpu_bytes", "duration_s", "phases"})
         self.assertEqual((answer["pid"], answer["detached"]), (program.pid, True))
         self.assertEqual(answer["gpu_bytes"], dump["gpu_bytes"])
-        self.check_phases(answer["phases"])
+        self.check_phases(answer["phases"], "load", "verify")
         self.assertEqual(harness.text_of(self.path("pid")), f"{program.pid}\n")
         program.go_on()
 
@@ -91,7 +91,7 @@ class Output(Case):
         found = {p["pid"]: p for p in self.ok_json("ps")["processes"] if p["pid"] in ours}
         self.assertEqual(set(found), {first.pid, second.pid, third.pid})
         for process in found.values():
-            self.assertEqual(set(process), {"pid", "command", "state", "gpu_bytes", "host_bytes", "allocations",
+            self.assertEqual(set(process), {"pid", "command", "state", "gpu_bytes", "host_bytes", "disk_bytes", "tier", "allocations",
                                             "unknown_functions", "note"})
         self.assertEqual((found[first.pid]["state"], found[first.pid]["command"]), ("running", "memcheck"))
         self.assertGreater(found[first.pid]["gpu_bytes"], 0)
@@ -99,7 +99,7 @@ class Output(Case):
         self.assertIn("managed", found[third.pid]["note"])
         table = self.ok("ps").stdout.splitlines()
         self.assertLessEqual(set(ours), {int(line.split()[0]) for line in table[1:]})
-        self.assertTrue(re.match(r" *PID COMMAND +STATE +GPU +HOST +ALLOCS +NOTE", table[0]))
+        self.assertTrue(re.match(r" *PID COMMAND +STATE +TIER +GPU +HOST +DISK +ALLOCS +NOTE", table[0]))
 
     def test_check(self):
         self.start_daemon()

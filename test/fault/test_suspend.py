@@ -19,6 +19,12 @@ RESTORE = ["driver-restore:begin", "driver-restore:one", "driver-unlock:one", "g
            "copy-end:begin", "copy-end:end", "open-gate:begin", "open-gate:one", "open-gate:end", "forget:end"]
 
 
+# What differs between the tiers: where the bytes are when all is down, and on the way up.
+TIER_SUSPEND = ["copy:end", "guard:end", "driver-checkpoint:end", "suspended:begin"]
+TIER_RESUME = ["copy-in:begin", "copy-in:one", "driver-restore:one", "give-back:one", "copy-end:end", "open-gate:one",
+               "forget:begin"]
+
+
 class Suspend(FaultTest):
     def setUp(self):
         super().setUp()
@@ -69,6 +75,58 @@ class Suspend(FaultTest):
                 self.stop()
         self.daemon = Daemon(self)
         self.cycle()
+        self.stop()
+
+    def test_other_tiers(self):
+        for tier in ("gpu", "disk"):
+            points = [(p, False) for p in TIER_SUSPEND] + [(p, True) for p in SUSPENDED + ALLOCATE + TIER_RESUME]
+            for point, down in points:
+                with self.subTest(tier=tier, point=point):
+                    self.daemon = Daemon(self, point)
+                    done = self.bennu("suspend", "--to", tier, self.app.pid)
+                    if not down or point in SUSPENDED:
+                        self.assertNotEqual(done.returncode, 0)
+                    else:
+                        self.assertEqual(done.returncode, 0, done.stderr)
+                        self.assertNotEqual(self.bennu("resume", self.app.pid).returncode, 0)
+                    self.daemon.wait_killed()
+                    if point in SUSPENDED + ALLOCATE:
+                        self.suspended()
+                        self.succeeds("resume", self.app.pid)
+                    self.wait_state("running", "no agent")
+                    self.app.go_on()
+                    self.stop()
+                    self.assertEqual(fault.os.listdir(self.path("run", "spool")) if tier == "disk" else [], [])
+        self.daemon = Daemon(self)
+        self.cycle()
+        self.stop()
+
+    def test_killed_while_suspended_to_other_tiers(self):
+        self.daemon = Daemon(self)
+        for tier in ("gpu", "disk"):
+            self.succeeds("suspend", "--to", tier, self.app.pid)
+            for _ in range(2):
+                worker = self.daemon.wait_worker()
+                fault.os.kill(worker, fault.signal.SIGKILL)
+                self.daemon.wait_worker(other_than=worker)
+                self.daemon.wait_ready()
+                self.suspended()
+            self.succeeds("resume", self.app.pid)
+            self.app.go_on()
+        self.assertEqual(fault.os.listdir(self.path("run", "spool")), [])
+        self.cycle()
+        self.stop()
+
+    def test_ends_while_the_daemon_is_down_on_disk(self):
+        self.daemon = Daemon(self)
+        self.succeeds("suspend", "--to", "disk", self.app.pid)
+        self.assertEqual(len(fault.os.listdir(self.path("run", "spool"))), 1)
+        fault.os.kill(self.daemon.popen.pid, fault.signal.SIGSTOP)
+        fault.os.kill(self.daemon.first, fault.signal.SIGKILL)
+        fault.vanish(self.app.pid)
+        fault.os.kill(self.daemon.popen.pid, fault.signal.SIGCONT)
+        self.daemon.wait_killed()
+        self.assertEqual(fault.os.listdir(self.path("run", "spool")), [])
         self.stop()
 
     def test_killed_while_suspended(self):

@@ -1,0 +1,149 @@
+"""Suspended to each of the tiers: where the bytes are meanwhile, and that every one of them is back afterwards."""
+
+import os
+import stat
+
+import harness
+from harness import Case, ODD, wait_for
+
+TIERS = ("gpu", "host", "disk")
+MIB = 1 << 20
+
+
+class Tiers(Case):
+    def state(self, pid):
+        found = [p for p in self.ok_json("ps")["processes"] if p["pid"] == pid]
+        self.assertEqual(len(found), 1)
+        return found[0]
+
+    def bytes_in(self, pid):
+        """The tier, and the bytes in each."""
+        state = self.state(pid)
+        self.assertEqual(state["state"], "suspended")
+        return (state["tier"],) + tuple(state[f"{tier}_bytes"] for tier in TIERS)
+
+    def spool(self):
+        path = self.path("run", "spool")
+        return [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else []
+
+    def packs(self):
+        return [os.path.join(folder, name) for folder in self.spool() for name in os.listdir(folder) if "pack" in name]
+
+    def cycle(self, program, tier):
+        self.ok("suspend", "--to", tier, program.pid)
+        self.assertEqual(self.state(program.pid)["tier"], tier)
+        self.ok("resume", program.pid)
+        program.go_on()
+        self.assertEqual(self.spool(), [])
+
+    def test_each_tier(self):
+        self.start_daemon()
+        programs = self.memcheck(), self.memcheck(agent=False), self.tree()
+        for tier in TIERS + TIERS:
+            for program in programs:
+                self.cycle(program, tier)
+
+    def test_where_the_bytes_are(self):
+        self.start_daemon()
+        program = self.start(ODD, "hold", 160)
+        held = self.state(program.pid)["gpu_bytes"]
+        self.assertGreaterEqual(held, 160 * MIB)
+        for i, tier in enumerate(TIERS):
+            self.ok("suspend", "--to", tier, program.pid)
+            self.assertEqual(self.bytes_in(program.pid), (tier,) + tuple(held if k == i else 0 for k in range(3)))
+            other = self.start(ODD, "hold", 160, wait=False)
+            if tier == "gpu":
+                self.assertEqual(other.popen.wait(harness.PATIENCE), 1)
+                self.assertIn("CUDA error 2", harness.text_of(other.err))
+            else:
+                other.go_on()
+                self.refused(1, "resume", program.pid, says=("free", "memory"))
+                self.assertEqual(self.bytes_in(program.pid)[0], tier)
+                other.kill()
+            self.ok("resume", program.pid)
+            program.go_on()
+
+    def test_gpu_copies_nothing(self):
+        self.start_daemon()
+        program = self.memcheck()
+        for command in (("suspend", "--to", "gpu"), ("resume",)):
+            self.assertEqual({p["bytes"] for p in self.ok_json(*command, program.pid)["phases"]}, {0})
+        program.go_on()
+
+    def test_folder_of_the_disk_tier(self):
+        spool = self.path("elsewhere", "spool")
+        self.start_daemon("--spool", spool)
+        program = self.start(ODD, "hold", 160)
+        self.ok("suspend", "--to", "disk", program.pid)
+        folder, = os.listdir(spool)
+        for path in (spool, os.path.join(spool, folder)):
+            self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o700)
+        stored = sum(os.stat(os.path.join(spool, folder, name)).st_size for name in os.listdir(os.path.join(spool, folder)))
+        self.assertLess(stored, 40 * MIB, "most of its memory is zero")
+        self.ok("resume", program.pid)
+        program.go_on()
+        self.assertEqual(os.listdir(spool), [])
+
+    def test_damaged_on_disk(self):
+        self.start_daemon()
+        program = self.memcheck()
+        self.ok("suspend", "--to", "disk", program.pid)
+        with open(self.packs()[0], "r+b") as f:
+            f.seek(12345)
+            byte = f.read(1)
+            f.seek(12345)
+            f.write(bytes([byte[0] ^ 1]))
+        self.refused(5, "resume", program.pid, says="damaged")
+        self.assertEqual(self.state(program.pid)["state"], "suspended")
+        with open(self.packs()[0], "r+b") as f:
+            f.seek(12345)
+            f.write(byte)
+        self.ok("resume", program.pid)
+        program.go_on()
+        self.assertEqual(self.spool(), [])
+
+    def test_no_room_on_disk(self):
+        self.start_daemon("--spool", "/dev/null/spool")
+        program = self.memcheck()
+        self.refused(1, "suspend", "--to", "disk", program.pid, says="/dev/null/spool")
+        program.go_on()
+
+    def test_ends_while_suspended(self):
+        self.start_daemon()
+        for tier in TIERS:
+            program = self.start(ODD, "hold", 160)
+            self.ok("suspend", "--to", tier, program.pid)
+            program.kill()
+            wait_for(lambda p=program: p.pid not in [e["pid"] for e in self.ok_json("ps")["processes"]], "bennud forgets it")
+            wait_for(lambda: self.spool() == [], "the folder is removed")
+
+    def test_the_daemon_gives_all_back_before_it_ends(self):
+        self.start_daemon()
+        programs = [self.memcheck() for _ in TIERS]
+        for program, tier in zip(programs, TIERS):
+            self.ok("suspend", "--to", tier, program.pid)
+        self.assertEqual(self.stop_daemon(), 0)
+        for program in programs:
+            program.go_on()
+        self.assertEqual(self.spool(), [])
+
+    def test_folders_of_a_dead_daemon(self):
+        left, other = self.path("run", "spool", "123-abcdef"), self.path("run", "spool", "notes")
+        for folder in (left, other):
+            os.makedirs(folder)
+        with open(os.path.join(left, "bennu-pack-0.img"), "wb") as f:
+            f.write(bytes(4096))
+        self.start_daemon()
+        self.assertEqual(self.spool(), [other])
+
+    def test_an_unknown_tier(self):
+        self.refused_usage("suspend", "--to", "tape", 1)
+
+    def refused_usage(self, *args):
+        done = self.bennu(*args)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("gpu, host and disk", done.stderr)
+
+
+if __name__ == "__main__":
+    harness.main()
