@@ -68,11 +68,15 @@ static void describe_daemon(struct bn_daemon_info *info)
               info->version, info->pid, info->gpus, info->gpus == 1 ? "" : "s", cli_bytes(info->host_used, a),
               cli_bytes(info->host_limit, b));
     for (uint32_t i = 0; i < info->gpus && i < BN_ARRAY_SIZE(info->gpu); i++) {
-        char name[16];
+        char name[24];
         snprintf(name, sizeof(name), "GPU %u", i);
         check_add(CHECK_OK, name, "", "%s, compute capability %u.%u, %s of %s free", info->gpu[i].name,
                   info->gpu[i].cc / 10, info->gpu[i].cc % 10, cli_bytes(info->gpu[i].free, a),
                   cli_bytes(info->gpu[i].total, b));
+        snprintf(name, sizeof(name), "GPU %u hashing", i);
+        if (info->gpu[i].no_hash[0])
+            check_add(CHECK_WARN, name, "checkpoints are as safe, but take longer", "by the CPU: %s",
+                      info->gpu[i].no_hash);
     }
 }
 

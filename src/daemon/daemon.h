@@ -46,6 +46,7 @@ struct daemon {
     const char *driver;     /* path, or NULL: the system's */
     const char *spool;      /* folder of the disk tier */
     uint64_t host_limit;    /* bytes of pinned host memory */
+    uint64_t hashless;      /* GPUs that were said to be unfit for hashing: a bit for each */
     struct bn_error no_gpu; /* set: why the driver could not be opened; every request is answered with it */
 
     pthread_mutex_t lock;
@@ -62,6 +63,8 @@ struct daemon {
 /* Open the driver and make pool and copier. On failure d->no_gpu is set and the error returned. */
 int bn_daemon_open_gpu(struct daemon *d, struct bn_error *err);
 void bn_daemon_close_gpu(struct daemon *d);
+/* Say in the log, once for each, which GPUs were found unfit for hashing. */
+void bn_daemon_note_hashing(struct daemon *d);
 
 /* Serve one connection until it ends, in the calling thread. Owns fd. */
 void bn_daemon_serve(struct daemon *d, int fd);

@@ -1,5 +1,7 @@
 #include "daemon/daemon.h"
 
+#include "gpu/hash.h"
+
 #include <stdio.h>
 
 #define GATE_TIMEOUT_MS 10000u
@@ -21,6 +23,18 @@ int bn_daemon_open_gpu(struct daemon *d, struct bn_error *err)
         d->no_gpu = *err;
     }
     return r;
+}
+
+void bn_daemon_note_hashing(struct daemon *d)
+{
+    for (unsigned g = 0; d->env.gpu && g < bn_gpu_count(d->env.gpu) && g < 64; g++) {
+        struct bn_error why = BN_ERROR_INIT;
+        uint64_t bit = UINT64_C(1) << g;
+        if (!bn_gpu_hash_off(d->env.gpu, g, &why))
+            continue;
+        if (!(__atomic_fetch_or(&d->hashless, bit, __ATOMIC_RELAXED) & bit))
+            fprintf(stderr, "bennud: the CPU hashes what is on GPU %u: %s\n", g, why.text);
+    }
 }
 
 void bn_daemon_close_gpu(struct daemon *d)

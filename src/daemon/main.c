@@ -5,6 +5,7 @@
 #include "base/proc.h"
 #include "checkpoint/cold.h"
 #include "config.h"
+#include "gpu/hash.h"
 #include "wire/control.h"
 
 #include <fcntl.h>
@@ -360,7 +361,9 @@ static int prepare(struct daemon *d, const struct options *o, struct bn_error *e
     if (r == 0 && bn_gpu_simulated(d->env.gpu))
         d->env.kill_at = secure_getenv("BENNUD_TEST_KILL");
     for (unsigned g = 0; r == 0 && o->private_fd < 0 && g < bn_gpu_count(d->env.gpu); g++)
-        r = bn_gpu_warm(d->env.gpu, g, err);
+        if ((r = bn_gpu_warm(d->env.gpu, g, err)) == 0)
+            bn_gpu_hash_ready(d->env.gpu, g, NULL); /* without it the CPU hashes */
+    bn_daemon_note_hashing(d);
     if (r == 0 && n > 0)
         bn_daemon_recover(d, records, n);
     free(records);

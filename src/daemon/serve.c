@@ -5,6 +5,7 @@
 #include "base/proc.h"
 #include "checkpoint/dump.h"
 #include "config.h"
+#include "gpu/hash.h"
 #include "restore/restore.h"
 #include "wire/control.h"
 #include "wire/packet.h"
@@ -188,6 +189,9 @@ static int on_info(struct client *c, struct request *rq, struct bn_writer *reply
         info.gpu[g].cc = i->major * 10 + i->minor;
         info.gpu[g].total = i->total;
         bn_gpu_mem_info(gpu, g, &info.gpu[g].free, &info.gpu[g].total, NULL);
+        struct bn_error why = BN_ERROR_INIT;
+        if (bn_gpu_hash_ready(gpu, g, &why) < 0)
+            snprintf(info.gpu[g].no_hash, sizeof(info.gpu[g].no_hash), "%.159s", why.text);
     }
     bn_pool_stats(c->d->env.pool, &stats);
     info.host_limit = stats.limit;
@@ -493,6 +497,7 @@ static bool answer(struct client *c, void *buf)
     struct bn_error err = BN_ERROR_INIT;
     r = handle(c, head.type, &rq, &reply, &err);
     bn_close_all(fds, nfds);
+    bn_daemon_note_hashing(c->d);
     if (r < 0) {
         bn_error_set(&err, r, "request", "%s", strerror(-r));
         log_failure(head.type, &err);

@@ -305,6 +305,19 @@ int bn_gpu_hash(struct bn_gpu *gpu, const struct bn_gpu_set *set, const struct b
     return r;
 }
 
+bool bn_gpu_hash_off(struct bn_gpu *gpu, unsigned dev, struct bn_error *why)
+{
+    struct bn_gpu_hashing *h = dev < gpu->count ? hashing_of(gpu, dev) : NULL;
+    if (!h)
+        return false;
+    pthread_mutex_lock(&h->lock);
+    bool off = bn_error_is_set(&h->off);
+    if (off && why)
+        *why = h->off;
+    pthread_mutex_unlock(&h->lock);
+    return off;
+}
+
 void bn_gpu_hash_free(struct bn_gpu *gpu, unsigned dev)
 {
     struct bn_gpu_hashing *h = gpu->devices[dev].hashing;

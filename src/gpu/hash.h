@@ -16,6 +16,9 @@
  * memory), a later call tries again. Keeps 2 MiB of the device's memory and as much of pinned host memory. */
 int bn_gpu_hash_ready(struct bn_gpu *gpu, unsigned dev, struct bn_error *err);
 
+/* Has the device been switched off for hashing? Then `why` (may be NULL) says what for. Tests nothing. */
+bool bn_gpu_hash_off(struct bn_gpu *gpu, unsigned dev, struct bn_error *why);
+
 /* Hash chunks first .. first + n - 1 of the set (each BN_GPU_CHUNK) under `key` into out[0 .. n), and wait for it.
  * -EINVAL: the set has not so many chunks; others as bn_gpu_hash_ready. A device that fails at it answers -ENOTSUP from
  * then on. Memory that is written meanwhile has some value or other, which is no chunk's unless by 2^-124. */

@@ -3,8 +3,10 @@
 #include "base/cleanup.h"
 #include "base/proc.h"
 #include "checkpoint/copies.h"
+#include "gpu/hash.h"
 #include "image/manifest.h"
 #include "restore/place.h"
+#include "restore/verify.h"
 #include "store/image_dir.h"
 #include "store/pack.h"
 
@@ -23,11 +25,13 @@ struct bn_restore {
     struct bn_place place;
     struct bn_copies copies;
     struct load *loads; /* one a part */
+    size_t nloads;
 };
 
 struct load {
     struct bn_pack_reader *reader;
-    uint64_t first; /* image chunk of the set's chunk 0 */
+    const struct bn_target_part *part;
+    bool gpu_verifies; /* else each chunk is compared with its hash as it is read */
 };
 
 static struct bn_restore *of(struct bn_quiesce *q)
@@ -93,8 +97,10 @@ static int produce(void *arg, uint64_t chunk, unsigned nchunks, void *data, stru
 {
     const struct load *l = arg;
     for (unsigned i = 0; i < nchunks; i++) {
-        int r = bn_pack_reader_read(l->reader, (uint32_t)(l->first + chunk + i),
-                                    (uint8_t *)data + i * BN_CHUNK_SIZE, err);
+        uint32_t at = (uint32_t)(l->part->image_chunk + chunk + i);
+        void *to = (uint8_t *)data + i * BN_CHUNK_SIZE;
+        int r = l->gpu_verifies ? bn_pack_reader_read_unverified(l->reader, at, to, err)
+                                : bn_pack_reader_read(l->reader, at, to, err);
         if (r < 0)
             return r;
     }
@@ -104,10 +110,11 @@ static int produce(void *arg, uint64_t chunk, unsigned nchunks, void *data, stru
 static int load_part(struct bn_quiesce *q, struct bn_target *t, struct bn_target_part *part, void *arg,
                      struct bn_copy **job, struct bn_error *err)
 {
-    (void)t;
-    struct load **next = arg;
-    struct load *l = (*next)++;
-    *l = (struct load){.reader = of(q)->reader, .first = part->image_chunk};
+    (void)t, (void)arg;
+    struct load *l = &of(q)->loads[of(q)->nloads++];
+    *l = (struct load){.reader = of(q)->reader,
+                       .part = part,
+                       .gpu_verifies = bn_gpu_hash_ready(q->env->gpu, part->dev, NULL) == 0};
     struct bn_copy_spec spec = {.mode = BN_COPY_IN, .set = part->set, .produce = produce, .arg = l};
     return bn_copy_start(q->env->copier, &spec, job, err);
 }
@@ -115,15 +122,37 @@ static int load_part(struct bn_quiesce *q, struct bn_target *t, struct bn_target
 static int start_loading(struct bn_restore *r, struct bn_error *err)
 {
     size_t parts = bn_targets_parts(&r->q.targets);
-    struct load *next = r->loads = calloc(parts ? parts : 1, sizeof(*r->loads));
+    r->loads = calloc(parts ? parts : 1, sizeof(*r->loads));
     if (!r->loads)
         return bn_error_set(err, ENOMEM, "load", "out of memory");
-    return bn_copies_start(&r->copies, &r->q, "load", load_part, &next, err);
+    return bn_copies_start(&r->copies, &r->q, "load", load_part, NULL, err);
+}
+
+/* What the copy threads did not compare. */
+static int verify(struct bn_restore *r, struct bn_error *err)
+{
+    struct bn_hash_key *key = bn_hash_key_new(r->manifest->key);
+    if (!key)
+        return bn_error_set(err, ENOMEM, "verify", "out of memory");
+    int phase = bn_report_begin(r->q.report, "verify");
+    uint64_t bytes = 0;
+    int rc = 0;
+    for (size_t i = 0; rc == 0 && i < r->nloads; i++) {
+        const struct load *l = &r->loads[i];
+        if (!l->gpu_verifies)
+            continue;
+        rc = bn_verify_part(r->q.env->gpu, key, r->manifest, r->reader, l->part, err);
+        bytes += l->part->bytes;
+    }
+    bn_report_end(r->q.report, phase, bytes);
+    bn_hash_key_free(key);
+    return rc;
 }
 
 static int finish_loading(struct bn_quiesce *q, struct bn_error *err)
 {
-    return bn_copies_finish(&of(q)->copies, q, of(q)->cancel, err);
+    int rc = bn_copies_finish(&of(q)->copies, q, of(q)->cancel, err);
+    return rc < 0 ? rc : verify(of(q), err);
 }
 
 static int check_driver(const struct bn_restore *r, struct bn_error *err)

@@ -167,6 +167,7 @@ void bn_write_daemon_info(struct bn_writer *w, const struct bn_daemon_info *i)
         bn_write_u32(w, i->gpu[g].cc);
         bn_write_u64(w, i->gpu[g].total);
         bn_write_u64(w, i->gpu[g].free);
+        bn_write_string(w, i->gpu[g].no_hash);
     }
     bn_write_u64(w, i->host_limit);
     bn_write_u64(w, i->host_used);
@@ -191,6 +192,7 @@ void bn_read_daemon_info(struct bn_reader *r, struct bn_daemon_info *i)
         i->gpu[g].cc = bn_read_u32(r);
         i->gpu[g].total = bn_read_u64(r);
         i->gpu[g].free = bn_read_u64(r);
+        bn_read_string(r, i->gpu[g].no_hash, sizeof(i->gpu[g].no_hash));
     }
     i->host_limit = bn_read_u64(r);
     i->host_used = bn_read_u64(r);

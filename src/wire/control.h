@@ -121,6 +121,7 @@ struct bn_daemon_info {
         uint8_t uuid[16];
         uint32_t cc; /* 90 = 9.0 */
         uint64_t total, free;
+        char no_hash[160]; /* why it is not used for hashing; empty: it is */
     } gpu[16];
     uint64_t host_limit, host_used; /* bytes of pinned host memory */
 };

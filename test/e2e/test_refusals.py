@@ -288,16 +288,27 @@ class Images(Refusal):
             self.refused(5, command, "/dev/null", says="/dev/null")
             self.refused(1, command, self.path("nowhere"), says=self.path("nowhere"))
 
+    def flips(self, packs):
+        size = os.path.getsize(self.path("ck", packs[0]))
+        for at in (0, size // 2, size - 1):
+            with self.changed(packs[0]) as path:
+                self.flip(path, at)
+                message = self.image_refused(5, packs[0], inspect=5)
+                self.assertRegex(message, r"chunk \d+ \(process \d+ .*segment \d+ at 0x[0-9a-f]+, byte \d+ of it\)")
+
     def test_damaged(self):
         program = self.tree()
         image = self.dump(program)
         packs = sorted(n for n in os.listdir(image) if n.startswith("bennu-pack-"))
         self.assertTrue(packs)
         size = os.path.getsize(self.path("ck", packs[0]))
-        for at in (0, size // 2, size - 1):
-            with self.changed(packs[0]) as path:
-                self.flip(path, at)
-                self.image_refused(5, packs[0], inspect=5)
+        self.flips(packs)  # found on the GPU
+        self.assertEqual(self.stop_daemon(), 0)
+        self.start_daemon(BENNU_SIM_HASH="wrong")
+        self.assertIn("the CPU hashes what is on GPU 0: GPU 0 (Simulated GPU) gives other hashes than the CPU",
+                      harness.text_of(self.daemon_log))
+        self.assertIn("[warn] GPU 0 hashing", re.sub(" +", " ", self.bennu("check").stdout))
+        self.flips(packs)  # found by the CPU
         for length in (0, size // 2, size - 4096):
             with self.changed(packs[0]) as path:
                 os.truncate(path, length)
@@ -319,6 +330,18 @@ class Images(Refusal):
         with self.changed("inventory.img") as path:
             os.unlink(path)
             self.image_refused(5, "inventory.img", inspect=5)
+        self.restore(program)
+        program.go_on()
+
+    def test_damaged_on_its_way(self):
+        """What arrives on the GPU is not what the image holds, which is whole."""
+        program = self.memcheck()
+        self.dump(program)
+        self.assertEqual(self.stop_daemon(), 0)
+        self.start_daemon(BENNU_SIM_HASH="later")
+        self.image_refused(5, ("is whole in the checkpoint", "lies on GPU 0 (Simulated GPU)"))
+        self.assertEqual(self.stop_daemon(), 0)
+        self.start_daemon()
         self.restore(program)
         program.go_on()
 
