@@ -292,9 +292,10 @@ static CUresult free_converted(CUdeviceptr p, struct bn_alloc *a)
     return CUDA_SUCCESS;
 }
 
-static void uncount_native(const struct bn_alloc *a)
+static void uncount_native(struct bn_alloc *a)
 {
     struct bn_agent_page *page = bn_agent_page();
+    bn_unshare_locked(&a->shared);
     bn_page_add(a->managed ? &page->blockers.managed_bytes : &page->native_bytes, -(int64_t)a->bytes);
 }
 

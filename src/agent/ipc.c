@@ -90,8 +90,11 @@ CUresult bn_wrap_cuIpcGetMemHandle(CUipcMemHandle *pHandle, CUdeviceptr dptr)
     bn_lock(&bn_track.lock);
     struct bn_alloc *a = pHandle ? bn_alloc_at_locked(dptr) : NULL;
     if (!a || !a->seg) {
+        CUresult r = bn_real.cuIpcGetMemHandle(pHandle, dptr);
+        if (r == CUDA_SUCCESS)
+            bn_share_locked(a ? &a->shared : NULL, BN_SHARED_IPC_NATIVE);
         bn_unlock(&bn_track.lock);
-        return bn_real.cuIpcGetMemHandle(pHandle, dptr);
+        return r;
     }
     CUresult r = a->seg->kind == BN_SEG_ALLOC ? offer_locked(a->seg) : CUDA_ERROR_INVALID_VALUE;
     if (r == CUDA_SUCCESS) {
@@ -103,6 +106,7 @@ CUresult bn_wrap_cuIpcGetMemHandle(CUipcMemHandle *pHandle, CUdeviceptr dptr)
         memcpy(h.magic, magic, sizeof(h.magic));
         memcpy(h.instance, bn_agent_page()->instance, sizeof(h.instance));
         memcpy(pHandle, &h, sizeof(h));
+        bn_share_locked(&a->seg->shared, BN_SHARED_IPC);
     }
     bn_unlock(&bn_track.lock);
     return r;
@@ -173,6 +177,7 @@ static CUresult map_foreign_locked(const struct handle *h, int fd, CUcontext ctx
     a->opens = 1;
     a->origin_id = h->id;
     memcpy(a->origin, h->instance, sizeof(a->origin));
+    bn_opened_locked(a->origin, 1);
     bn_tree_insert(&bn_track.allocs, &a->by_va, va);
     *out = va;
     return CUDA_SUCCESS;
@@ -248,6 +253,7 @@ static int close_ours_locked(CUdeviceptr dptr, struct bn_seg **seg, CUcontext *c
         return 0;
     *seg = a->seg;
     *ctx = a->ctx;
+    bn_opened_locked(a->origin, -1);
     bn_tree_remove(&bn_track.allocs, &a->by_va);
     bn_pool_put(&bn_track.alloc_pool, a);
     return 1;
@@ -304,6 +310,7 @@ CUresult bn_wrap_cuMemPoolDestroy(CUmemoryPool pool)
     if (r != CUDA_SUCCESS)
         return r;
     BN_LOCKED();
+    bn_share_pool_gone_locked(pool);
     struct bn_node *n = bn_tree_find(&bn_track.imports, (uint64_t)(uintptr_t)pool);
     if (n) {
         bn_tree_remove(&bn_track.imports, n);

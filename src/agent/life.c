@@ -251,6 +251,7 @@ static int make_page(void)
     struct bn_agent_page *page = mem;
     memcpy(page, &own_page, sizeof(*page)); /* what was counted so far */
     page->version = BN_AGENT_VERSION;
+    page->knows = BN_AGENT_KNOWS_SHARING;
     page->pid = (uint32_t)getpid();
     page->far_fd = -1;
     random_bytes(page->instance);

@@ -99,6 +99,7 @@ void bn_track_drop(void)
     t->later = NULL;
     t->capturing = 0;
     t->device_count = 0;
+    bn_share_drop();
     memset(t->devices, 0, sizeof(t->devices));
 }
 
@@ -178,6 +179,7 @@ void bn_seg_settle_locked(struct bn_seg *seg)
         bn_real.cuMemRelease(seg->real);
     bn_kept_close(&seg->kept);
     bn_kept_close(&seg->offered);
+    bn_unshare_locked(&seg->shared);
     account(seg, -1);
     bn_tree_remove(&bn_track.segs, &seg->by_id);
     bn_pool_put(&bn_track.seg_pool, seg);
@@ -291,9 +293,12 @@ void bn_ctx_gone_locked(CUcontext ctx, bool forget)
             continue;
         bn_tree_remove(&bn_track.allocs, &a->by_va);
         struct bn_agent_page *page = bn_agent_page();
+        bn_unshare_locked(&a->shared);
         if (a->seg) {
             if (!a->opens)
                 bn_page_add(&page->allocations, -1);
+            else
+                bn_opened_locked(a->origin, -1);
             bn_seg_destroy_locked(a->seg);
         } else {
             bn_page_add(a->managed ? &page->blockers.managed_bytes : &page->native_bytes, -(int64_t)a->bytes);

@@ -54,6 +54,7 @@ struct bn_seg {
     struct bn_kept kept;
     struct bn_kept offered; /* for openers of its IPC handle */
     bool reserved;          /* the address ranges of its mappings are ours */
+    unsigned shared;        /* BN_SHARED_...: given to others */
     struct bn_seg *next;    /* on the list of those to be freed later */
     CUcontext user;         /* there: whose work may still use it. NULL: nobody's */
 };
@@ -75,6 +76,7 @@ struct bn_alloc {
     CUcontext ctx;
     CUdevice dev; /* of converted ones */
     bool managed;
+    unsigned shared;    /* native: BN_SHARED_... */
     bool sync_memops;   /* as the application set it; the driver does not know */
     uint32_t opens;     /* memory of another process: how often its IPC handle is open here */
     uint64_t origin_id; /* and whose it is */
@@ -179,6 +181,19 @@ void bn_ctx_unborrow(void) BN_API_LOCAL;
  * handles become good again. */
 void bn_ipc_withdraw_locked(struct bn_seg *seg) BN_API_LOCAL;
 void bn_ipc_offer_again_locked(struct bn_seg *seg) BN_API_LOCAL;
+
+/* share.c: memory given to others, and taken from them, is counted in the page. */
+#define BN_SHARED_IPC 1u
+#define BN_SHARED_IPC_NATIVE 2u
+#define BN_SHARED_VMM 4u
+#define BN_SHARED_ELSEWHERE 8u
+/* Given to others in one more way; `shared` is the segment's or allocation's, or NULL for what is never seen to be freed. */
+void bn_share_locked(unsigned *shared, unsigned way) BN_API_LOCAL;
+void bn_unshare_locked(unsigned *shared) BN_API_LOCAL; /* freed */
+/* Memory of the agent `owner` was opened (+1) or closed (-1). */
+void bn_opened_locked(const uint8_t owner[16], int change) BN_API_LOCAL;
+void bn_share_pool_gone_locked(CUmemoryPool pool) BN_API_LOCAL;
+void bn_share_drop(void) BN_API_LOCAL; /* in a forked child */
 
 /* Free what the application freed during captures that have ended since. Waits for work that may use it; the second one is for
  * whoever has waited already. */

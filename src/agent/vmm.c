@@ -156,12 +156,17 @@ CUresult bn_wrap_cuMemExportToShareableHandle(void *shareableHandle, CUmemGeneri
     BN_GATED();
     BN_LOCKED();
     struct bn_seg *seg = bn_seg_of_token_locked(handle);
-    if (!seg)
-        return bn_real.cuMemExportToShareableHandle(shareableHandle, handle, handleType, flags);
-    if (seg->kind == BN_SEG_APP && !((unsigned)seg->prop.requestedHandleTypes & (unsigned)handleType))
+    unsigned way =
+        handleType == CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR ? BN_SHARED_VMM : BN_SHARED_ELSEWHERE;
+    if (seg && seg->kind == BN_SEG_APP && !((unsigned)seg->prop.requestedHandleTypes & (unsigned)handleType))
         return CUDA_ERROR_INVALID_VALUE; /* only our own request would make it work */
-    if (!seg->kept.fd || handleType != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR)
-        return bn_real.cuMemExportToShareableHandle(shareableHandle, seg->real, handleType, flags);
+    if (!seg || !seg->kept.fd || way != BN_SHARED_VMM) {
+        CUresult r = bn_real.cuMemExportToShareableHandle(shareableHandle, seg ? seg->real : handle,
+                                                          handleType, flags);
+        if (r == CUDA_SUCCESS)
+            bn_share_locked(seg ? &seg->shared : NULL, way);
+        return r;
+    }
     /* Imported when it came back from an eviction: the driver does not export those, we kept a descriptor. */
     if (!shareableHandle || flags)
         return CUDA_ERROR_INVALID_VALUE;
@@ -170,6 +175,7 @@ CUresult bn_wrap_cuMemExportToShareableHandle(void *shareableHandle, CUmemGeneri
     int fd = fcntl(seg->kept.fd, F_DUPFD_CLOEXEC, 0);
     if (fd < 0)
         return CUDA_ERROR_OPERATING_SYSTEM;
+    bn_share_locked(&seg->shared, BN_SHARED_VMM);
     *(int *)shareableHandle = fd;
     return CUDA_SUCCESS;
 }

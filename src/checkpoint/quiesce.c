@@ -3,6 +3,7 @@
 #include "base/cleanup.h"
 #include "base/parallel.h"
 #include "checkpoint/record.h"
+#include "checkpoint/sharing.h"
 
 #include <signal.h>
 #include <string.h>
@@ -71,12 +72,16 @@ static int each_up(struct bn_quiesce *q, target_fn fn, struct bn_error *err)
 static int down_find(struct bn_quiesce *q, struct bn_error *err)
 {
     int r = bn_targets_find(q->env->gpu, q->root, q->flags, &q->targets, err);
-    return r < 0 ? r : bn_targets_check(&q->targets, q->flags, err);
+    if (r == 0)
+        r = bn_targets_check(&q->targets, q->flags, err);
+    return r < 0 ? r : bn_sharing_check(q->env->gpu, &q->targets, q->root, err);
 }
 
 static int down_gate(struct bn_quiesce *q, struct bn_error *err)
 {
-    return bn_targets_close_gates(&q->targets, q->env->gate_timeout_ms, err);
+    int r = bn_targets_close_gates(&q->targets, q->env->gate_timeout_ms, err);
+    /* Closing takes a while, in which memory may have been given away; now it cannot be any more. */
+    return r < 0 ? r : bn_sharing_check(q->env->gpu, &q->targets, q->root, err);
 }
 
 static int hand_over(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)

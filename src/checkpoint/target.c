@@ -14,7 +14,7 @@
 #include <string.h>
 
 /* Cheap answer to "could this process have CUDA state": the driver's library is mapped. */
-static bool maps_driver(pid_t pid)
+bool bn_target_maps_driver(pid_t pid)
 {
     char path[64];
     snprintf(path, sizeof(path), "/proc/%d/maps", pid);
@@ -71,7 +71,7 @@ void bn_targets_free(struct bn_targets *t)
 static int examine(struct bn_gpu *gpu, pid_t pid, unsigned flags, struct bn_target *t, struct bn_error *err)
 {
     *t = (struct bn_target){.pid = pid, .pidfd = -1};
-    if (!maps_driver(pid))
+    if (!bn_target_maps_driver(pid))
         return 0;
 
     struct bn_agent *agent = NULL;

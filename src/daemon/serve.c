@@ -4,6 +4,7 @@
 #include "base/cleanup.h"
 #include "base/proc.h"
 #include "checkpoint/dump.h"
+#include "checkpoint/sharing.h"
 #include "config.h"
 #include "gpu/hash.h"
 #include "restore/restore.h"
@@ -225,6 +226,8 @@ static int on_check(struct client *c, struct request *rq, struct bn_writer *repl
         r = bn_targets_find(c->d->env.gpu, pid, 0, &targets, err);
     if (r == 0)
         r = bn_targets_check(&targets, 0, err);
+    if (r == 0)
+        r = bn_sharing_check(c->d->env.gpu, &targets, pid, err);
     uint32_t agents = 0;
     for (size_t i = 0; i < targets.n; i++)
         agents += targets.v[i].agent != NULL;

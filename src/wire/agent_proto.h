@@ -50,6 +50,24 @@ struct bn_agent_gpu {
     uint64_t segments;
 };
 
+/* GPU memory that the process shares with others. Live things are counted: what was freed counts no more. An importer keeps the
+ * old memory when ours is taken away and given back, and only some importers can be known, so there are two halves: what was
+ * given, and (in the importer's own page) what was taken. */
+struct bn_agent_opened {
+    uint8_t owner[16]; /* instance of the agent whose memory it is */
+    uint64_t handles;  /* 0: an unused entry */
+};
+#define BN_AGENT_OPENED_MAX 32u
+struct bn_agent_sharing {
+    uint64_t ipc; /* given: converted allocations with an IPC handle; who opens one lists us in opened[] */
+    uint64_t ipc_native; /* given: IPC handles of the driver's own */
+    uint64_t vmm;        /* given: cuMemCreate handles that were exported as descriptors */
+    uint64_t pools;      /* given: memory pools that were exported */
+    uint64_t elsewhere;  /* given: dma-bufs and fabric handles, for devices and other machines */
+    /* Taken, with the owner known. The rest of blockers.imported_handles is somebody's. */
+    struct bn_agent_opened opened[BN_AGENT_OPENED_MAX];
+};
+
 /* An application's want of GPU memory, while the daemon holds memory of suspended programs on a GPU and could let go of it.
  *
  * The daemon writes `hot`: 0 while it holds none, else a number that it changes about once a second, so that the number of a
@@ -100,9 +118,11 @@ struct bn_agent_page {
      * "none". */
     uint32_t knows; /* BN_AGENT_KNOWS_…: what of the following the agent fills */
     uint32_t reserved;
-    struct bn_agent_need need; /* BN_AGENT_KNOWS_NEED */
+    struct bn_agent_need need;       /* BN_AGENT_KNOWS_NEED */
+    struct bn_agent_sharing sharing; /* BN_AGENT_KNOWS_SHARING */
 };
 #define BN_AGENT_KNOWS_NEED 1u
+#define BN_AGENT_KNOWS_SHARING 2u
 
 _Static_assert(offsetof(struct bn_agent_page, knows) == 6808, "what the first agents have stays where it is");
 _Static_assert(sizeof(struct bn_agent_page) <= BN_AGENT_PAGE_SIZE, "page fits its memfd");

@@ -3,10 +3,12 @@
  *   alloc MIB           cuMemAlloc, filled with the block's pattern
  *   vmm MIB MAPS        one cuMemCreate mapped MAPS times, the last mapping for reading only
  *   held MIB            cuMemCreate without a mapping
- *   small BYTES         native memory
+ *   small BYTES         native memory; "ipcsmall" cuIpcGetMemHandle of it, "freesmall"
  *   managed BYTES / unmanage
  *   fill SEED / check SEED   every block
  *   export I            cuMemExportToShareableHandle of block I
+ *   give I              the same, and keep the descriptor: its number
+ *   take PID FD / untake   import that of another program, hold it / let go of it
  *   capture / endcapture     on a stream of its own
  *   hammer / stop       threads that copy and check all the time / their number of calls
  *   block / unblock     work on the stream that does not end / ends; "wait" begins a thread that waits for it
@@ -21,7 +23,9 @@
 #include "cu.h"
 
 #include <pthread.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -234,7 +238,7 @@ static bool blocking(const char *word)
     return true;
 }
 
-static CUdeviceptr managed, opened;
+static CUdeviceptr managed, opened, small;
 
 static void ipc_get(int i)
 {
@@ -280,15 +284,62 @@ static void ipc_close(void)
     printf(r == CUDA_SUCCESS ? "no 0 closed thrice\n" : "ok\n");
 }
 
+static CUmemGenericAllocationHandle taken;
+
+static CUresult give(int i)
+{
+    int fd = -1;
+    CUresult r =
+        cu.cuMemExportToShareableHandle(&fd, blocks[i].handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+    prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0);
+    if (r == CUDA_SUCCESS)
+        printf("ok %d\n", fd);
+    return r;
+}
+
+static CUresult take(pid_t pid, int number)
+{
+    int pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
+    int fd = (int)syscall(SYS_pidfd_getfd, pidfd, number, 0);
+    CUresult r = cu.cuMemImportFromShareableHandle(&taken, (void *)(intptr_t)fd,
+                                                   CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+    close(fd);
+    close(pidfd);
+    return r;
+}
+
+/* Memory between programs. */
+static bool sharing(const char *word, unsigned long a, unsigned long b)
+{
+    CUresult r;
+    if (strcmp(word, "give") == 0) {
+        r = give((int)a);
+        if (r == CUDA_SUCCESS)
+            return true;
+    } else if (strcmp(word, "take") == 0) {
+        r = take((pid_t)a, (int)b);
+    } else if (strcmp(word, "untake") == 0) {
+        r = cu.cuMemRelease(taken);
+    } else {
+        return false;
+    }
+    printf(r == CUDA_SUCCESS ? "ok\n" : "no %d %s\n", r, word);
+    return true;
+}
+
 /* The rarer commands. */
 static bool special(const char *word, unsigned long a)
 {
     CUresult r = CUDA_SUCCESS;
     CUgraph graph = NULL;
     int fd = -1;
-    CUdeviceptr p;
+    CUipcMemHandle handle;
     if (strcmp(word, "small") == 0) {
-        r = cu.cuMemAlloc_v2(&p, a);
+        r = cu.cuMemAlloc_v2(&small, a);
+    } else if (strcmp(word, "ipcsmall") == 0) {
+        r = cu.cuIpcGetMemHandle(&handle, small);
+    } else if (strcmp(word, "freesmall") == 0) {
+        r = cu.cuMemFree_v2(small);
     } else if (strcmp(word, "managed") == 0) {
         r = cu.cuMemAllocManaged(&managed, a, CU_MEM_ATTACH_GLOBAL);
     } else if (strcmp(word, "unmanage") == 0) {
@@ -311,7 +362,7 @@ static bool special(const char *word, unsigned long a)
 
 static void obey(const char *word, unsigned long a, unsigned long b)
 {
-    if (blocking(word) || special(word, a))
+    if (blocking(word) || special(word, a) || sharing(word, a, b))
         return;
     if (strcmp(word, "alloc") == 0) {
         struct block *block = &blocks[count++];

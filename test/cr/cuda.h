@@ -31,6 +31,7 @@
     X(cuMemRelease)                   \
     X(cuMemExportToShareableHandle)   \
     X(cuMemImportFromShareableHandle) \
+    X(cuIpcCloseMemHandle)            \
     X(cuIpcGetMemHandle)              \
     X(cuIpcOpenMemHandle_v2)          \
     X(cuModuleLoadData)               \

@@ -5,6 +5,7 @@
  *   plain        no CUDA at all: counts, and checks 8 MiB of its own memory
  *   managed      holds managed memory
  *   import-ipc   maps memory of its child by CUDA IPC        import-vmm   by a descriptor
+ *   closed-ipc   has closed again what it had mapped by CUDA IPC
  *   busy [MS]    one stream runs a kernel of that many milliseconds (default 20000), then goes on in rounds
  *   threads [N]  N threads launch kernels as fast as they can, each checking its own memory
  *   hold MIB     takes that much device memory in pieces of 2 MiB
@@ -155,7 +156,7 @@ static CUdeviceptr receive_handle(int sock, bool vmm)
     return map(handle);
 }
 
-static void import(bool vmm)
+static void import(bool vmm, bool close_it)
 {
     int pair[2];
     if (socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair) < 0)
@@ -168,7 +169,12 @@ static void import(bool vmm)
             pause();
     }
     cr_open(0);
-    rounds(receive_handle(pair[0], vmm));
+    CUdeviceptr ptr = receive_handle(pair[0], vmm);
+    if (close_it) {
+        MUST(cuIpcCloseMemHandle(ptr));
+        ptr = alloc(BYTES);
+    }
+    rounds(ptr);
 }
 
 /* ---- work on the GPU ---- */
@@ -251,15 +257,17 @@ int main(int argc, char **argv)
     else if (strcmp(mode, "managed") == 0)
         managed();
     else if (strcmp(mode, "import-ipc") == 0)
-        import(false);
+        import(false, false);
     else if (strcmp(mode, "import-vmm") == 0)
-        import(true);
+        import(true, false);
+    else if (strcmp(mode, "closed-ipc") == 0)
+        import(false, true);
     else if (strcmp(mode, "busy") == 0)
         busy(number ? number : 20000);
     else if (strcmp(mode, "threads") == 0)
         threads(number ? number : 8);
     else if (strcmp(mode, "hold") == 0)
         hold(number);
-    fprintf(stderr, "usage: odd plain|managed|import-ipc|import-vmm|busy|threads|hold [NUMBER]\n");
+    fprintf(stderr, "usage: odd plain|managed|import-ipc|import-vmm|closed-ipc|busy|threads|hold [NUMBER]\n");
     return 2;
 }

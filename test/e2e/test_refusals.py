@@ -102,6 +102,32 @@ class Processes(Refusal):
                 program.go_on()
                 program.kill()
 
+    def test_memory_used_outside(self):
+        """The program's child has given memory to it; the child alone is named. Both go on with the same memory."""
+        self.start_daemon()
+        for how in ("import-ipc", "import-vmm"):
+            with self.subTest(how):
+                program = self.start(ODD, how)
+                child = harness.children_of(program.pid)[0]
+                # Who has imported a descriptor is not known for sure, so others on the machine may be named instead.
+                says = (str(child), "above both") + ((str(program.pid),) if how == "import-ipc" else ())
+                self.refused(3, "dump", child, self.path("ck"), says=says)
+                self.no_checkpoint(self.path("ck"))
+                self.refused(3, "suspend", child, says=says)
+                program.go_on()
+                program.kill()
+
+    def test_memory_used_outside_before(self):
+        self.start_daemon()
+        program = self.start(ODD, "closed-ipc")
+        child = harness.children_of(program.pid)[0]
+        self.ok("suspend", child)
+        program.go_on()
+        self.ok("resume", child)
+        self.ok("suspend", program.pid)
+        self.ok("resume", program.pid)
+        program.go_on()
+
     def test_client_of_mps(self):
         self.start_daemon()
         for agent in (True, False):
