@@ -9,16 +9,20 @@
 #include "image/manifest.h"
 #include "wire/control.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 
 #define FAILED_END_SECONDS 5
+#define COLLECT_MS 10000
 #define STILL_RESTORING 1 /* no value that CRIU hands to exit() */
 
 struct task {
@@ -110,6 +114,26 @@ static void kill_tasks(void)
             syscall(SYS_pidfd_send_signal, rst.tasks[i].pidfd, SIGKILL, NULL, 0);
 }
 
+/* For tasks that CRIU still traces, on its main thread. When it finds out it waits for the first process of a pid namespace, and
+ * for that one alone; the kernel lets that process end only after all others of the namespace have been collected, and a
+ * thread that is traced is for its tracer to collect. So it is done here; the first process itself is left to CRIU. */
+static void kill_traced_tasks(void)
+{
+    pid_t root = rst.n > 0 ? rst.tasks[0].pid : 0, inner = 0;
+    bool first = root > 0 && bn_proc_inner_pid(root, &inner) == 0 && inner == 1;
+    kill_tasks();
+    for (int i = 0; first && i < COLLECT_MS; i++) {
+        siginfo_t ended = {0};
+        while (waitid(P_ALL, 0, &ended, WEXITED | WNOHANG | WNOWAIT | __WALL) == 0 && ended.si_pid > 0) {
+            if (ended.si_pid == root)
+                return;
+            waitpid(ended.si_pid, NULL, __WALL);
+            ended.si_pid = 0;
+        }
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    }
+}
+
 static int remember(pid_t pid)
 {
     if (rst.n == rst.cap) {
@@ -127,14 +151,26 @@ static int remember(pid_t pid)
     return 0;
 }
 
+/* Each thread has a tracer of its own; CRIU lets go of the first one first. */
+static bool task_held_by_criu(pid_t pid)
+{
+    char folder[64];
+    snprintf(folder, sizeof(folder), "/proc/%d/task", pid);
+    bn_auto_dir DIR *d = opendir(folder);
+    bool held = false;
+    for (struct dirent *e; d && !held && (e = readdir(d)) != NULL;) {
+        pid_t tracer = 0;
+        held = bn_proc_tracer(atoi(e->d_name), &tracer) == 0 && tracer == getpid();
+    }
+    return held;
+}
+
 /* CRIU lets the processes go one by one, after RESUME_DEVICES_LATE has been called for every one. */
 static bool held_by_criu(void)
 {
-    for (size_t i = 0; i < rst.n; i++) {
-        pid_t tracer = 0;
-        if (bn_proc_tracer(rst.tasks[i].pid, &tracer) == 0 && tracer == getpid())
+    for (size_t i = 0; i < rst.n; i++)
+        if (task_held_by_criu(rst.tasks[i].pid))
             return true;
-    }
     return false;
 }
 
@@ -196,8 +232,8 @@ int bnp_restore_resume(int pid)
     if (r < 0) {
         fail("cannot restore the GPU state", &err);
         atomic_store(&rst.given_up, true);
-        kill_tasks();
         kill(pid, SIGKILL);
+        kill_traced_tasks();
         return r;
     }
     return handled ? 0 : -ENOTSUP;

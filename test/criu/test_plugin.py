@@ -695,6 +695,61 @@ class Restore(PluginTest):
         self.assert_continues()
 
 
+class RestoreInPidNamespace(PluginTest):
+    """As in a container: the kernel lets the first process go only after all others, while CRIU waits for it alone."""
+
+    def start_tree(self, n=1, mark="agent", *device):
+        self.inside = ["sh", "-c", 'exec unshare --pid --fork "$@" 2>/dev/null', "sh"]  # it complains of a signal at its end
+        super().start_tree(n, mark, *device)
+        self.inside = []
+        self.root = self.counters()[0]
+        self.pids = []  # what the processes wrote are their pids inside
+
+    def counters(self):
+        found = []
+        for pid in sorted(int(p) for p in os.listdir("/proc") if p.isdigit()):
+            try:
+                with open(f"/proc/{pid}/cmdline", "rb") as f:
+                    if f.read().split(b"\0")[:2] == [OPTIONS.counter.encode(), self.dir.encode()]:
+                        found.append(pid)
+            except OSError:
+                pass
+        return found
+
+    def dump(self, *args):
+        return self.criu("dump", "-t", str(self.root), *args)
+
+    def kill_tree(self):
+        for pid in self.counters():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        super().kill_tree()
+
+    def all_gone(self):
+        # Orphans of the test are its own children (see main).
+        return all(gone(pid) for pid in self.counters()) and not self.counters()
+
+    def test_daemon_dies(self):
+        self.dump_for_restore(3)
+
+        def after_two(record):
+            seen.append(record)
+            if len(seen) == 2:
+                self.daemon.plan["RESTORE_PROCESS"] = {"die": True}
+        for name, plan in (("begin", {"RESTORE_BEGIN": {"die": True}}), ("first", {"RESTORE_PROCESS": {"die": True}}),
+                           ("last", {"RESTORE_PROCESS": {"call": after_two}}), ("end", {"RESTORE_END": {"die": True}})):
+            with self.subTest(name):
+                seen = []
+                self.daemon.plan.clear()
+                self.daemon.plan.update(plan)
+                self.assertNotEqual(self.criu("restore", "-d"), 0)
+                self.assertTrue("bennud" in self.log("restore"))
+                wait_until(self.all_gone, "the processes end")
+        self.daemon.plan.clear()
+        self.assertEqual(self.criu("restore", "-d"), 0)
+        self.assert_continues()
+
+
 class Swrk(PluginTest):
     """As libcriu, runc and crun drive it: `criu swrk`, orders through a socket."""
 
