@@ -58,6 +58,22 @@ static void look_at(CUdevice dev, struct bn_device *d)
     d->convertible = true;
 }
 
+/* Which processes are clients is settled when the driver starts in them, and told for each device. */
+static enum bn_agent_mps mps_client(int count)
+{
+    enum bn_agent_mps answer = BN_AGENT_MPS_UNKNOWN;
+    for (int i = 0; i < count; i++) {
+        int value = 0;
+        if (!bn_real.cuDeviceGetAttribute ||
+            bn_real.cuDeviceGetAttribute(&value, CU_DEVICE_ATTRIBUTE_MPS_ENABLED, i) != CUDA_SUCCESS)
+            continue; /* a driver that does not know the attribute yet */
+        if (value)
+            return BN_AGENT_MPS_CLIENT;
+        answer = BN_AGENT_MPS_NO;
+    }
+    return answer;
+}
+
 void bn_track_devices(void)
 {
     int count = 0;
@@ -75,6 +91,7 @@ void bn_track_devices(void)
     for (int i = 0; i < count; i++)
         memcpy(page->gpu[i].uuid, bn_track.devices[i].uuid, 16);
     bn_store(&page->gpu_count, (uint32_t)count);
+    bn_store(&page->mps, (uint32_t)mps_client(count));
 }
 
 void bn_track_drop(void)

@@ -168,6 +168,12 @@ static int check_page(const struct bn_target *t, const struct bn_agent_page *p, 
             err, ENOTSUP, "check",
             "process %d (%s) uses NVLink multicast memory, which cannot be restored: set NCCL_NVLS_ENABLE=0",
             t->pid, t->comm);
+    if (p->mps == BN_AGENT_MPS_CLIENT && !(flags & BN_FIND_KEEP_CONTEXT))
+        return bn_error_set(
+            err, ENOTSUP, "check",
+            "process %d (%s) is a client of MPS, which the driver cannot checkpoint: start it "
+            "without MPS (stop nvidia-cuda-mps-control, or unset CUDA_MPS_PIPE_DIRECTORY)",
+            t->pid, t->comm);
     if (((flags & BN_FIND_DRIVER_PATH) || p->state == BN_AGENT_INACTIVE) && p->epoch > 0)
         return bn_error_set(
             err, ENOTSUP, "check",

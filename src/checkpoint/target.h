@@ -63,6 +63,8 @@ struct bn_targets {
 };
 
 #define BN_FIND_DRIVER_PATH 1u /* leave the agents out */
+/* The driver's checkpoint is left out: what it alone refuses is no reason to refuse. (2 to 0x80 are dump.h's.) */
+#define BN_FIND_KEEP_CONTEXT 0x100u
 
 /* The CUDA processes of the tree below `root` (n may be 0). Takes hold of their agents, touches nothing. */
 int bn_targets_find(struct bn_gpu *gpu, pid_t root, unsigned flags, struct bn_targets *out,

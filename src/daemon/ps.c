@@ -42,6 +42,8 @@ static void describe(const struct bn_agent_page *p, struct bn_ps_entry *e)
     }
     if (p->blockers.managed_bytes)
         snprintf(e->note, sizeof(e->note), "uses managed memory: cannot be checkpointed");
+    else if (p->mps == BN_AGENT_MPS_CLIENT)
+        snprintf(e->note, sizeof(e->note), "client of MPS: cannot be checkpointed");
     else if (p->blockers.imported_handles)
         snprintf(e->note, sizeof(e->note),
                  "uses memory of another process (CUDA IPC): cannot be checkpointed yet");

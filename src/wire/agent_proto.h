@@ -35,6 +35,13 @@ enum bn_agent_state {
         3, /* gate closed, every segment unmapped and released, no descriptor of the driver's held */
 };
 
+/* A client of MPS can be evicted, but the driver refuses to lock it (801). */
+enum bn_agent_mps {
+    BN_AGENT_MPS_UNKNOWN = 0, /* an older agent or driver */
+    BN_AGENT_MPS_NO = 1,
+    BN_AGENT_MPS_CLIENT = 2,
+};
+
 /* Things in the process that the driver cannot checkpoint or restore (facts: driver 580). Any non-zero: refuse beforehand. */
 struct bn_agent_blockers {
     uint64_t managed_bytes;  /* cuMemAllocManaged: checkpoint answers 801 */
@@ -116,8 +123,8 @@ struct bn_agent_page {
 
     /* Checkpoints hold pages of older agents, in which all that follows is zero: add at the end, and let zero say "not known" or
      * "none". */
-    uint32_t knows; /* BN_AGENT_KNOWS_…: what of the following the agent fills */
-    uint32_t reserved;
+    uint32_t knows;                  /* BN_AGENT_KNOWS_…: what of the following the agent fills */
+    uint32_t mps;                    /* enum bn_agent_mps */
     struct bn_agent_need need;       /* BN_AGENT_KNOWS_NEED */
     struct bn_agent_sharing sharing; /* BN_AGENT_KNOWS_SHARING */
 };

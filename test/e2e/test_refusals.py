@@ -132,10 +132,14 @@ class Processes(Refusal):
         self.start_daemon()
         for agent in (True, False):
             with self.subTest(agent=agent):
-                program = self.memcheck(agent=agent, env={"BENNU_SIM_MPS": "1"})
+                trace = self.path(f"trace-{agent}")
+                program = self.memcheck(agent=agent, env={"BENNU_SIM_MPS": "1", "BENNU_SIM_TRACE": trace})
                 self.dump_refused(program, 3, ("MPS", str(program.pid)))
                 self.refused(3, "suspend", program.pid, says="MPS")
                 program.go_on()
+                if agent:  # known beforehand: nothing was handed over to be copied
+                    self.assertNotIn("cuMemExportToShareableHandle", harness.text_of(trace))
+                    self.assertIn("MPS", self.ok("ps").stdout)
 
     def test_gpu_that_stays_busy(self):
         self.start_daemon()
