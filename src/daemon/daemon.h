@@ -38,6 +38,7 @@ struct published {
     pid_t root;
     dev_t dev;
     ino_t ino;
+    bool ended; /* all is said, but its processes are still being let go */
     struct published *next;
 };
 
@@ -72,9 +73,14 @@ void bn_daemon_serve(struct daemon *d, int fd);
 /* ---- registry (registry.c); every function from any thread ---- */
 
 int bn_publish(struct daemon *d, struct bn_report *report, pid_t root, int dirfd);
+/* The session is over for watchers, but its tree is still being worked on. */
+void bn_publish_ended(struct daemon *d, struct bn_report *report);
 void bn_unpublish(struct daemon *d, struct bn_report *report);
+/* Until a session begins or ends, or timeout_ms is over. */
+void bn_wait_published(struct daemon *d, unsigned timeout_ms);
 /* Is any of these processes, a tree with its root first, suspended or in a session other than the one with the report `own` (NULL: none)?
- * Of two sessions that begin at once, the one published later sees the other. -EALREADY or -EBUSY, with a text for a person. */
+ * Of two sessions that begin at once, the one published later sees the other. -EALREADY or -EBUSY, with a text for a person; -EAGAIN: a
+ * session that has ended is still letting its processes go, which is not long as a rule. */
 int bn_tree_is_free(struct daemon *d, const struct bn_report *own, const pid_t *tree, size_t n,
                     struct bn_error *err);
 /* Wait for the session of a root pid, or (root 0) of an image directory: one that runs, or the next one, however short it is.

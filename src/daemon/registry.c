@@ -12,6 +12,8 @@
 
 static bool fits(const struct awaited *a, const struct published *p)
 {
+    if (p->ended)
+        return false;
     return a->root > 0 ? a->root == p->root : p->root == 0 && a->dev == p->dev && a->ino == p->ino;
 }
 
@@ -38,6 +40,15 @@ int bn_publish(struct daemon *d, struct bn_report *report, pid_t root, int dirfd
     return 0;
 }
 
+void bn_publish_ended(struct daemon *d, struct bn_report *report)
+{
+    pthread_mutex_lock(&d->lock);
+    for (struct published *p = d->published; p; p = p->next)
+        if (p->report == report)
+            p->ended = true;
+    pthread_mutex_unlock(&d->lock);
+}
+
 void bn_unpublish(struct daemon *d, struct bn_report *report)
 {
     pthread_mutex_lock(&d->lock);
@@ -48,6 +59,7 @@ void bn_unpublish(struct daemon *d, struct bn_report *report)
             *at = found->next;
             break;
         }
+    pthread_cond_broadcast(&d->published_changed);
     pthread_mutex_unlock(&d->lock);
     if (found) {
         bn_report_unref(found->report);
@@ -71,14 +83,27 @@ int bn_await(struct daemon *d, struct awaited *a, pid_t root, int dirfd)
     return 0;
 }
 
-struct bn_report *bn_awaited(struct daemon *d, struct awaited *a, unsigned timeout_ms)
+static struct timespec in_ms(unsigned timeout_ms)
 {
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_nsec += (long)timeout_ms * 1000000;
     until.tv_sec += until.tv_nsec / 1000000000;
     until.tv_nsec %= 1000000000;
+    return until;
+}
 
+void bn_wait_published(struct daemon *d, unsigned timeout_ms)
+{
+    struct timespec until = in_ms(timeout_ms);
+    pthread_mutex_lock(&d->lock);
+    pthread_cond_timedwait(&d->published_changed, &d->lock, &until);
+    pthread_mutex_unlock(&d->lock);
+}
+
+struct bn_report *bn_awaited(struct daemon *d, struct awaited *a, unsigned timeout_ms)
+{
+    struct timespec until = in_ms(timeout_ms);
     pthread_mutex_lock(&d->lock);
     while (!a->report && pthread_cond_timedwait(&d->published_changed, &d->lock, &until) == 0)
         ;
@@ -255,13 +280,22 @@ int bn_tree_is_free(struct daemon *d, const struct bn_report *own, const pid_t *
     struct published *p = d->published; /* the latest first */
     while (own && p && p->report != own)
         p = p->next;
-    for (p = own && p ? p->next : p; p && r == 0; p = p->next)
-        if (p->root > 0 && (contains(tree, n, p->root) || below(p->root, tree[0])))
+    for (p = own && p ? p->next : p; p && r == 0; p = p->next) {
+        if (p->root <= 0 || !(contains(tree, n, p->root) || below(p->root, tree[0])))
+            continue;
+        if (p->ended)
+            r = bn_error_set(
+                err, EAGAIN, "session",
+                "the last dump of process %d is done, but the process is not free to run yet: is "
+                "it held by a debugger or a frozen cgroup?",
+                p->root);
+        else
             r = bn_error_set(
                 err, EBUSY, "session",
                 "bennud is at work on process %d already (a dump, suspend or resume): try again when it "
                 "is done",
                 p->root);
+    }
     pthread_mutex_unlock(&d->lock);
     return r;
 }

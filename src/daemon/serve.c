@@ -16,6 +16,7 @@
 #include <string.h>
 #include <sys/socket.h>
 
+#define LET_GO_MS 20000u /* a request waits so long for the end of what an earlier one left to be done */
 #define TICK_MS 100u /* between progress events, and looks at whether the client is still there */
 
 struct client {
@@ -118,11 +119,20 @@ static int session_open(struct client *c, pid_t root, int dirfd, struct bn_error
     return 0;
 }
 
+/* Watchers are told; the tree is not free yet. */
+static void session_end(struct client *c, const struct bn_error *err)
+{
+    if (!c->report)
+        return;
+    bn_publish_ended(c->d, c->report);
+    bn_report_finish(c->report, err);
+}
+
 static void session_close(struct client *c, const struct bn_error *err)
 {
     if (!c->report)
         return;
-    bn_report_finish(c->report, err);
+    session_end(c, err);
     bn_unpublish(c->d, c->report);
     bn_report_unref(c->report);
     c->report = NULL;
@@ -131,9 +141,19 @@ static void session_close(struct client *c, const struct bn_error *err)
 /* For what begins to work on a tree. A tree that has gone is left to the work itself to find out. */
 static int check_free(struct client *c, pid_t root, struct bn_error *err)
 {
-    bn_auto_free pid_t *tree = NULL;
-    size_t n = 0;
-    return bn_proc_tree(root, &tree, &n) < 0 || n == 0 ? 0 : bn_tree_is_free(c->d, c->report, tree, n, err);
+    for (unsigned waited = 0;; waited += TICK_MS) {
+        bn_auto_free pid_t *tree = NULL;
+        struct bn_error why = BN_ERROR_INIT;
+        size_t n = 0;
+        if (bn_proc_tree(root, &tree, &n) < 0 || n == 0)
+            return 0;
+        int r = bn_tree_is_free(c->d, c->report, tree, n, &why);
+        if (r == 0)
+            return 0;
+        if (r != -EAGAIN || waited >= LET_GO_MS || hung_up(c->fd))
+            return bn_error_set(err, r == -EAGAIN ? EBUSY : r, why.stage, "%s", why.text);
+        bn_wait_published(c->d, TICK_MS);
+    }
 }
 
 static void write_phases(struct client *c, struct bn_writer *reply)
@@ -166,6 +186,7 @@ static void dump_let_go(struct client *c)
         fprintf(stderr, "bennud: after the dump of %d: %s\n", root, err.text);
     c->dump = NULL;
     keep_left(c, left);
+    session_close(c, NULL);
 }
 
 /* ---- handlers ---- */
@@ -389,7 +410,7 @@ static int on_dump_end(struct client *c, struct request *rq, struct bn_writer *r
     write_phases(c, reply);
     struct bn_error criu = BN_ERROR_INIT;
     bn_error_set(&criu, ECANCELED, "criu", "CRIU could not dump the process (result %d)", result);
-    session_close(c, result ? &criu : r < 0 ? err : NULL);
+    session_end(c, result ? &criu : r < 0 ? err : NULL);
     return r;
 }
 
@@ -524,8 +545,9 @@ static void abandon(struct client *c)
     bn_error_set(&err, EPIPE, "session", "CRIU ended in the middle: see its log");
     if (c->dump)
         bn_dump_abort(c->dump);
-    session_close(c, &err);
+    session_end(c, &err);
     dump_let_go(c);
+    session_close(c, NULL);
     bn_restore_free(c->restore);
     c->restore = NULL;
 }

@@ -57,6 +57,17 @@ class Suspend(Case):
         program.go_on()
         self.check_cycle(program, rounds=1)
 
+    def test_right_after_a_dump(self):
+        """The daemon is still bringing the processes back."""
+        self.start_daemon()
+        program = self.tree()
+        for i in range(4):
+            self.dump(program, "--leave-running", name=f"ck{2 * i}")
+            self.dump(program, "--leave-running", name=f"ck{2 * i + 1}")
+            self.ok("suspend", program.pid)
+            self.ok("resume", program.pid)
+        program.go_on()
+
     def test_memory_is_free_meanwhile_and_resume_waits_for_it(self):
         self.start_daemon()
         program = self.start(ODD, "hold", 160)
