@@ -18,10 +18,20 @@ struct bn_dump;
                          * in the page cache, as CRIU leaves its own: a checkpoint that a power cut tore is found out by
                          * its hashes, not prevented. */
 
-/* On failure everything is undone and nothing is left in the directory; *left as below. dirfd is duplicated. A tree without CUDA is no failure: *out is
- * then NULL. A checkpoint that the directory holds already is replaced. -ENOSPC: it has not room for the memory. */
-int bn_dump_begin(struct bn_env *env, pid_t root, unsigned flags, int dirfd, struct bn_report *report,
-                  struct bn_dump **out, struct bn_suspended **left, struct bn_error *err);
+/* Descriptors are duplicated or no longer needed when bn_dump_begin() returns. */
+struct bn_dump_options {
+    unsigned flags; /* BN_FIND_…, BN_DUMP_… */
+    int dirfd;      /* where the image goes */
+    int parent;     /* folder of a checkpoint with which bytes are shared; -1: none */
+};
+
+/* On failure everything is undone and nothing is left in the directory; *left as below. A tree without CUDA is no failure:
+ * *out is then NULL. A checkpoint that the directory holds already is replaced. -ENOSPC: it has not room for the memory.
+ * A parent that is damaged, or of another format, is refused before any process is touched, with the errors of
+ * bn_image_load() and bn_pack_reader_open(). */
+int bn_dump_begin(struct bn_env *env, pid_t root, const struct bn_dump_options *options,
+                  struct bn_report *report, struct bn_dump **out, struct bn_suspended **left,
+                  struct bn_error *err);
 
 const struct bn_targets *bn_dump_targets(const struct bn_dump *d);
 

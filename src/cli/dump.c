@@ -13,10 +13,13 @@
 
 static bool leave_running, driver_path, allow_no_cuda, no_space_check, sync_disk, json, quiet;
 static unsigned timeout;
+static const char *parent;
 
 static const struct cli_option options[] = {
     {"leave-running", 'R', CLI_FLAG, NULL, &leave_running,
      "let the process go on afterwards; else it is ended"},
+    {"parent", 'p', CLI_STRING, "PARENT", &parent,
+     "share the GPU memory that this earlier checkpoint has already"},
     {"driver-path", 0, CLI_FLAG, NULL, &driver_path,
      "ignore the agents: save GPU memory through the driver alone"},
     {"allow-no-cuda", 0, CLI_FLAG, NULL, &allow_no_cuda, "also dump a process that does not use CUDA"},
@@ -37,7 +40,7 @@ struct dump {
     uint64_t gpu_bytes;
     struct bn_phases phases;
     uint64_t took;
-    char log_kept[PATH_MAX];
+    char log_kept[PATH_MAX], parent[PATH_MAX];
 };
 
 /* What the daemon would refuse in a dump of this tree. Returns an exit code. */
@@ -74,7 +77,9 @@ static int ask_daemon(struct dump *d, int sock, struct bn_error *err)
 static int check_space(const struct dump *d, struct bn_error *err)
 {
     char need[16], have[16];
-    uint64_t wanted = d->gpu_bytes + cli_tree_memory(d->pid), is_free = cli_free_space(d->dir.fd);
+    /* With a parent nobody knows yet how little of the GPU's memory is new. */
+    uint64_t wanted = (parent ? 0 : d->gpu_bytes) + cli_tree_memory(d->pid),
+             is_free = cli_free_space(d->dir.fd);
     if (no_space_check || wanted <= is_free)
         return 0;
     return bn_error_set(err, ENOSPC, "directory",
@@ -105,6 +110,10 @@ static int criu_options(const struct dump *d, struct bn_error *err)
         criu_set_network_lock(CRIU_NETWORK_LOCK_NFTABLES);
     tell_plugin("BENNU_DRIVER_PATH", driver_path);
     tell_plugin("BENNU_SYNC", sync_disk);
+    if (parent)
+        setenv("BENNU_PARENT", d->parent, 1);
+    else
+        unsetenv("BENNU_PARENT");
     return 0;
 }
 
@@ -220,13 +229,30 @@ static void report(const struct dump *d)
     }
 }
 
+static int check_parent(struct dump *d, struct bn_error *err)
+{
+    bn_auto_manifest struct bn_manifest *m = NULL;
+    bn_auto_fd fd = parent ? open(parent, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
+    if (!parent)
+        return CLI_OK;
+    if (fd < 0 || !realpath(parent, d->parent)) {
+        bn_error_set(err, errno, "parent", "cannot open the parent checkpoint %s: %m", parent);
+        return CLI_FAILED;
+    }
+    struct bn_error why = BN_ERROR_INIT;
+    if (bn_image_load(fd, &m, &why) == 0)
+        return CLI_OK;
+    bn_error_set(err, why.code, "parent", "the parent checkpoint %s: %s", parent, why.text);
+    return CLI_BAD_IMAGE;
+}
+
 /* Everything that can be checked before anything is touched. Returns an exit code. */
 static int prepare(struct dump *d, const char *path, int *sock, struct bn_error *err)
 {
     if (cli_check_process(d->pid, true, err) < 0 || cli_directory_prepare(path, &d->dir, err) < 0)
         return CLI_FAILED;
-    int code = CLI_OK;
-    if (cli_criu_find(&d->criu, err) < 0)
+    int code = check_parent(d, err);
+    if (code == CLI_OK && cli_criu_find(&d->criu, err) < 0)
         code = CLI_FAILED;
     if (code == CLI_OK && (*sock = cli_daemon_connect(err)) < 0)
         code = CLI_NO_DAEMON;

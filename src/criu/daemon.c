@@ -181,8 +181,8 @@ void bnp_set_deadline(int sock, int seconds)
     setsockopt(sock, SOL_SOCKET, SO_RCVTIMEO, &tv, sizeof(tv));
 }
 
-int bnp_call(int sock, unsigned type, const unsigned *args, int nargs, int fd, unsigned *out,
-             struct bn_error *err)
+int bnp_call_fds(int sock, unsigned type, const unsigned *args, int nargs, const int *fds, size_t nfds,
+                 unsigned *out, struct bn_error *err)
 {
     bn_auto_free void *buf = malloc(BN_CTL_MSG_MAX);
     bn_auto_writer body = {0};
@@ -191,7 +191,7 @@ int bnp_call(int sock, unsigned type, const unsigned *args, int nargs, int fd, u
     for (int i = 0; i < nargs; i++)
         bn_write_u32(&body, args[i]);
     struct bn_reader reply;
-    int r = bn_ctl_call(sock, (uint16_t)type, &body, &fd, fd >= 0 ? 1 : 0, NULL, NULL, buf, &reply, err);
+    int r = bn_ctl_call(sock, (uint16_t)type, &body, fds, nfds, NULL, NULL, buf, &reply, err);
     if (r < 0)
         return r;
     if (!out)
@@ -202,4 +202,10 @@ int bnp_call(int sock, unsigned type, const unsigned *args, int nargs, int fd, u
                             "bennud's answer is too short: are plugin and daemon of one version?");
     *out = value;
     return 0;
+}
+
+int bnp_call(int sock, unsigned type, const unsigned *args, int nargs, int fd, unsigned *out,
+             struct bn_error *err)
+{
+    return bnp_call_fds(sock, type, args, nargs, &fd, fd >= 0 ? 1 : 0, out, err);
 }

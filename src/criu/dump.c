@@ -6,6 +6,7 @@
 #include "criu/criu_abi.h"
 #include "wire/control.h"
 
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -58,6 +59,18 @@ static bool stock_plugin_present(void)
     return true;
 }
 
+/* The checkpoint to share bytes with. *fd stays -1 if none was named. */
+static int open_parent(int *fd, struct bn_error *err)
+{
+    const char *path = getenv("BENNU_PARENT");
+    if (!path || !*path)
+        return 0;
+    *fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    return *fd < 0 ? bn_error_set(err, errno, "parent", "cannot open the parent checkpoint %s: %s", path,
+                                  strerror(errno))
+                   : 0;
+}
+
 static int begin_session(pid_t root, int sock)
 {
     struct bn_error err = BN_ERROR_INIT;
@@ -66,8 +79,18 @@ static int begin_session(pid_t root, int sock)
     if (r < 0)
         return fail("cannot dump", &err);
     unsigned handled = 0, args[2] = {(unsigned)root, flags_wanted()};
-    int dir = criu_get_image_dir ? criu_get_image_dir() : -1;
-    r = bnp_call(sock, BN_CTL_DUMP_BEGIN, args, 2, dir, &handled, &err);
+    bn_auto_fd parent = -1;
+    int fds[2] = {criu_get_image_dir ? criu_get_image_dir() : -1, -1};
+    r = open_parent(&parent, &err);
+    if (r == 0) {
+        fds[1] = parent;
+        args[1] |= parent >= 0 ? BN_CTL_F_PARENT : 0;
+        r = bnp_call_fds(sock, BN_CTL_DUMP_BEGIN, args, 2, fds,
+                         fds[0] < 0   ? 0
+                         : parent < 0 ? 1
+                                      : 2,
+                         &handled, &err);
+    }
     bnp_refreeze(&thaw);
     if (r < 0)
         return fail("cannot dump the GPU state", &err);

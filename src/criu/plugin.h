@@ -68,5 +68,8 @@ int bnp_thread_stop(pid_t tid);
 /* `fd` >= 0 rides along; out (may be NULL) receives the reply's u32. Thread safe as long as each socket has one user. */
 int bnp_call(int sock, unsigned type, const unsigned *args, int nargs, int fd, unsigned *out,
              struct bn_error *err);
+/* The same with any number of descriptors. */
+int bnp_call_fds(int sock, unsigned type, const unsigned *args, int nargs, const int *fds, size_t nfds,
+                 unsigned *out, struct bn_error *err);
 /* Do not wait longer than this for the daemon. 0: without end. */
 void bnp_set_deadline(int sock, int seconds);

@@ -32,7 +32,7 @@ struct client {
 
 struct request {
     struct bn_reader body;
-    int fd; /* first descriptor that came along, or -1 */
+    int fd, second; /* descriptors that came along, or -1 */
 };
 
 typedef int (*handler_fn)(struct client *c, struct request *rq, struct bn_writer *reply,
@@ -346,7 +346,7 @@ static int on_dump_begin(struct client *c, struct request *rq, struct bn_writer 
 {
     pid_t root = (pid_t)bn_read_u32(&rq->body);
     uint32_t flags = bn_read_u32(&rq->body);
-    if (rq->fd < 0)
+    if (rq->fd < 0 || (flags & BN_CTL_F_PARENT && rq->second < 0))
         return bn_error_set(err, EINVAL, "dump", "no image directory came with the request");
     int r = session_open(c, root, -1, err);
     if (r < 0)
@@ -357,9 +357,11 @@ static int on_dump_begin(struct client *c, struct request *rq, struct bn_writer 
         return r;
     }
     struct bn_suspended *left;
-    unsigned how =
-        (flags & BN_CTL_F_DRIVER_PATH ? BN_FIND_DRIVER_PATH : 0) | (flags & BN_CTL_F_SYNC ? BN_DUMP_SYNC : 0);
-    r = bn_dump_begin(&c->d->env, root, how, rq->fd, c->report, &c->dump, &left, err);
+    struct bn_dump_options how = {.flags = (flags & BN_CTL_F_DRIVER_PATH ? BN_FIND_DRIVER_PATH : 0) |
+                                           (flags & BN_CTL_F_SYNC ? BN_DUMP_SYNC : 0),
+                                  .dirfd = rq->fd,
+                                  .parent = flags & BN_CTL_F_PARENT ? rq->second : -1};
+    r = bn_dump_begin(&c->d->env, root, &how, c->report, &c->dump, &left, err);
     keep_left(c, left);
     if (r < 0 || !c->dump)
         session_close(c, r < 0 ? err : NULL);
@@ -508,7 +510,7 @@ static void log_failure(uint16_t type, const struct bn_error *err)
 static bool answer(struct client *c, void *buf)
 {
     struct bn_ctl_head head;
-    struct request rq = {.fd = -1};
+    struct request rq = {.fd = -1, .second = -1};
     int fds[BN_CTL_FDS_MAX];
     size_t nfds = 0;
     int r = bn_ctl_recv(c->fd, buf, &head, &rq.body, fds, BN_CTL_FDS_MAX, &nfds);
@@ -516,6 +518,8 @@ static bool answer(struct client *c, void *buf)
         return false;
     if (nfds > 0)
         rq.fd = fds[0];
+    if (nfds > 1)
+        rq.second = fds[1];
 
     bn_auto_writer reply = {0};
     struct bn_error err = BN_ERROR_INIT;

@@ -39,8 +39,8 @@ enum bn_ctl_type {
 
     /* CRIU plugin (and whoever drives CRIU otherwise) */
     BN_CTL_DUMP_BEGIN =
-        20, /* u32 root pid, u32 flags, fd image directory. Gates, evicts, driver-checkpoints the whole tree and
-                                 starts copying. Reply: u32 CUDA processes handled (0: nothing to do, no session exists). */
+        20, /* u32 root pid, u32 flags, fd image directory, with F_PARENT fd of the parent's. Gates, evicts,
+                                 driver-checkpoints the whole tree and starts copying. Reply: u32 CUDA processes handled (0: nothing to do, no session exists). */
     BN_CTL_DUMP_PROCESS =
         21, /* u32 pid -> reply: u32 handled (0: no CUDA in it; error: it uses CUDA and is not part of
                                  the session, e.g. it started meanwhile) */
@@ -79,6 +79,8 @@ extern const char *const bn_tier_names[BN_TIERS]; /* [0] is NULL */
 #define BN_CTL_F_LEAVE_RUNNING 8u /* information only */
 #define BN_CTL_F_SYNC \
     16u /* DUMP_BEGIN: everything is on the disk, CRIU's files too, before DUMP_END is answered */
+
+#define BN_CTL_F_PARENT 64u /* DUMP_BEGIN: bytes that the checkpoint in the second descriptor has are shared */
 
 struct bn_ctl_head {
     uint32_t magic;
