@@ -5,7 +5,6 @@
 #include "checkpoint/copies.h"
 #include "checkpoint/describe.h"
 #include "checkpoint/record.h"
-#include "checkpoint/sending.h"
 #include "store/image_dir.h"
 #include "store/pack.h"
 
@@ -24,11 +23,13 @@ struct bn_dump {
     bool has_parent;
     struct bn_pack_writer *writer;
     struct bn_copies copies;
-    struct bn_hash_key *hash_key;
-    struct bn_send_env send;
-    struct bn_sending **parts; /* one a part of a target */
-    size_t nparts;
+    struct store_part *parts; /* one a part of a target */
     uint64_t record;          /* of the unfinished image; 0: none */
+};
+
+struct store_part {
+    struct bn_pack_writer *writer;
+    uint64_t first; /* image chunk of the set's chunk 0 */
 };
 
 static struct bn_dump *of(struct bn_quiesce *q)
@@ -38,36 +39,32 @@ static struct bn_dump *of(struct bn_quiesce *q)
 
 /* ---- writing ---- */
 
-static int send_part(struct bn_quiesce *q, struct bn_target *t, struct bn_target_part *part, void *arg,
-                     struct bn_copy **job, struct bn_error *err)
+static int consume(void *arg, uint64_t chunk, unsigned nchunks, const void *data, struct bn_error *err)
 {
-    (void)q, (void)t, (void)part;
-    struct bn_sending ***next = arg;
-    return bn_sending_start(*(*next)++, job, err);
+    const struct store_part *s = arg;
+    struct bn_pack_item items[BN_PACK_BATCH];
+    for (unsigned at = 0; at < nchunks;) {
+        unsigned n = nchunks - at < BN_PACK_BATCH ? nchunks - at : BN_PACK_BATCH;
+        for (unsigned i = 0; i < n; i++)
+            items[i] = (struct bn_pack_item){.chunk = (uint32_t)(s->first + chunk + at + i),
+                                             .data = (const uint8_t *)data + (at + i) * BN_CHUNK_SIZE};
+        int r = bn_pack_writer_add_batch(s->writer, items, n, err);
+        if (r < 0)
+            return r;
+        at += n;
+    }
+    return 0;
 }
 
-/* Nobody can write to the memory any more: what is hashed now is what will be copied. */
-static int choose_chunks(struct bn_dump *d, struct bn_error *err)
+static int write_part(struct bn_quiesce *q, struct bn_target *t, struct bn_target_part *part, void *arg,
+                      struct bn_copy **job, struct bn_error *err)
 {
-    struct bn_targets *targets = &d->q.targets;
-    size_t parts = bn_targets_parts(targets);
-    d->send = (struct bn_send_env){.gpu = d->q.env->gpu,
-                                   .copier = d->q.env->copier,
-                                   .writer = d->writer,
-                                   .key = d->hash_key = bn_hash_key_new(d->manifest->key)};
-    d->parts = calloc(parts ? parts : 1, sizeof(*d->parts));
-    if (!d->hash_key || !d->parts)
-        return bn_error_set(err, ENOMEM, "hash", "out of memory");
-    int phase = bn_report_begin(d->q.report, "hash"), r = 0;
-    uint64_t hashed = 0;
-    for (size_t i = 0; i < targets->n; i++)
-        for (size_t p = 0; r == 0 && p < targets->v[i].nparts; p++) {
-            r = bn_sending_new(&d->send, &targets->v[i].parts[p], &d->parts[d->nparts], err);
-            if (r == 0 && bn_sending_hashed(d->parts[d->nparts++]))
-                hashed += targets->v[i].parts[p].bytes;
-        }
-    bn_report_end(d->q.report, phase, hashed);
-    return r;
+    (void)t;
+    struct store_part **next = arg;
+    struct store_part *s = (*next)++;
+    *s = (struct store_part){.writer = of(q)->writer, .first = part->image_chunk};
+    struct bn_copy_spec spec = {.mode = BN_COPY_OUT, .set = part->set, .consume = consume, .arg = s};
+    return bn_copy_start(q->env->copier, &spec, job, err);
 }
 
 static const struct bn_pack_options pack_options = {.flags = BN_PACK_NOSYNC};
@@ -124,9 +121,10 @@ static int start_writing(struct bn_quiesce *q, struct bn_error *err)
         r = open_writer(d, err);
     if (r < 0)
         return r;
-    r = choose_chunks(d, err);
-    struct bn_sending **next = d->parts;
-    return r < 0 ? r : bn_copies_start(&d->copies, q, "copy-out", send_part, &next, err);
+    struct store_part *next = d->parts = calloc(parts ? parts : 1, sizeof(*d->parts));
+    if (!d->parts)
+        return bn_error_set(err, ENOMEM, "copy-out", "out of memory");
+    return bn_copies_start(&d->copies, q, "copy-out", write_part, &next, err);
 }
 
 static int stop_writing(struct bn_quiesce *q, struct bn_error *err)
@@ -153,10 +151,7 @@ static void dump_free(struct bn_dump *d)
     bn_manifest_free(d->manifest);
     bn_report_unref(d->q.report);
     bn_close(d->dirfd);
-    for (size_t i = 0; i < d->nparts; i++)
-        bn_sending_free(d->parts[i]);
     free(d->parts);
-    bn_hash_key_free(d->hash_key);
     free(d);
 }
 
@@ -271,8 +266,6 @@ int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err)
 {
     bn_kill_point(d->q.env, "commit", "begin");
     int r = bn_copies_finish(&d->copies, &d->q, cancel, err);
-    for (size_t i = 0; r == 0 && i < d->nparts; i++)
-        r = bn_sending_settle(d->parts[i], err);
     if (r == 0)
         r = bn_pack_writer_finish(d->writer, d->manifest, err);
     bn_kill_point(d->q.env, "commit", "one");
