@@ -4,6 +4,7 @@
 #include "agent/capture.h"
 #include "agent/gate.h"
 #include "agent/idle.h"
+#include "agent/need.h"
 #include "agent/track.h"
 
 /* ---- making ---------------------------------------------------------------------------------------- */
@@ -141,9 +142,8 @@ static void note_native(CUdeviceptr p, size_t bytes, bool managed)
     bn_page_add(managed ? &page->blockers.managed_bytes : &page->native_bytes, (int64_t)bytes);
 }
 
-CUresult bn_wrap_cuMemAlloc_v2(CUdeviceptr *dptr, size_t bytesize)
+static CUresult allocate(CUdeviceptr *dptr, size_t bytesize)
 {
-    BN_GATED();
     if (dptr) {
         CUdeviceptr p;
         CUresult r = try_convert(bytesize, &p);
@@ -158,6 +158,17 @@ CUresult bn_wrap_cuMemAlloc_v2(CUdeviceptr *dptr, size_t bytesize)
     return r;
 }
 
+CUresult bn_wrap_cuMemAlloc_v2(CUdeviceptr *dptr, size_t bytesize)
+{
+    BN_GATED();
+    struct bn_need need = {0};
+    CUresult r;
+    do
+        r = allocate(dptr, bytesize);
+    while (bn_need_again(&need, r, -1, bytesize));
+    return r;
+}
+
 /* The pitch is the driver's: it is asked with an allocation of one row. */
 static CUresult native_pitch(size_t *pitch, size_t width, unsigned int element)
 {
@@ -168,10 +179,9 @@ static CUresult native_pitch(size_t *pitch, size_t width, unsigned int element)
     return r;
 }
 
-CUresult bn_wrap_cuMemAllocPitch_v2(CUdeviceptr *dptr, size_t *pPitch, size_t WidthInBytes, size_t Height,
-                                    unsigned int ElementSizeBytes)
+static CUresult allocate_pitch(CUdeviceptr *dptr, size_t *pPitch, size_t WidthInBytes, size_t Height,
+                               unsigned int ElementSizeBytes)
 {
-    BN_GATED();
     size_t pitch, total;
     if (dptr && pPitch && Height > 1 && !__builtin_mul_overflow(WidthInBytes, Height, &total) &&
         total >= BN_CONVERT_MIN / 2 && bn_agent_converting() && !bn_capture_any() &&
@@ -189,6 +199,21 @@ CUresult bn_wrap_cuMemAllocPitch_v2(CUdeviceptr *dptr, size_t *pPitch, size_t Wi
     CUresult r = bn_real.cuMemAllocPitch_v2(dptr, pPitch, WidthInBytes, Height, ElementSizeBytes);
     if (r == CUDA_SUCCESS)
         note_native(*dptr, *pPitch * Height, false);
+    return r;
+}
+
+CUresult bn_wrap_cuMemAllocPitch_v2(CUdeviceptr *dptr, size_t *pPitch, size_t WidthInBytes, size_t Height,
+                                    unsigned int ElementSizeBytes)
+{
+    BN_GATED();
+    struct bn_need need = {0};
+    size_t bytes;
+    CUresult r;
+    if (__builtin_mul_overflow(WidthInBytes, Height, &bytes))
+        bytes = SIZE_MAX;
+    do
+        r = allocate_pitch(dptr, pPitch, WidthInBytes, Height, ElementSizeBytes);
+    while (bn_need_again(&need, r, -1, bytes));
     return r;
 }
 

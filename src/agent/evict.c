@@ -337,6 +337,7 @@ int bn_evict_evict(struct bn_answer *a)
     bn_ctx_unborrow();
     missing = order_count;
     __atomic_fetch_add(&bn_agent_page()->epoch, 1, __ATOMIC_RELAXED);
+    bn_store(&bn_agent_page()->need.hot, 0); /* what a daemon says now does not hold after a restore */
     set_state(BN_AGENT_EVICTED);
     bn_purge_note();
     if (r != CUDA_SUCCESS) /* evicted all the same: whoever holds the memory has to give it back */

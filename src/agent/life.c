@@ -4,6 +4,7 @@
 #include "agent/control.h"
 #include "agent/gate.h"
 #include "agent/idle.h"
+#include "agent/need.h"
 #include "agent/track.h"
 
 #include <fcntl.h>
@@ -251,7 +252,7 @@ static int make_page(void)
     struct bn_agent_page *page = mem;
     memcpy(page, &own_page, sizeof(*page)); /* what was counted so far */
     page->version = BN_AGENT_VERSION;
-    page->knows = BN_AGENT_KNOWS_SHARING;
+    page->knows = BN_AGENT_KNOWS_NEED | BN_AGENT_KNOWS_SHARING;
     page->pid = (uint32_t)getpid();
     page->far_fd = -1;
     random_bytes(page->instance);
@@ -297,6 +298,7 @@ static void after_fork_in_child(void)
     bn_procaddr_after_fork();
     bn_evict_after_fork();
     bn_idle_after_fork();
+    bn_need_after_fork();
     bn_gate_after_fork();
     converting = 0;
     started = 0;

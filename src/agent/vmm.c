@@ -2,6 +2,7 @@
  * given back. A token is good for as long as the driver's handle would have been. */
 #include "agent/agent.h"
 #include "agent/gate.h"
+#include "agent/need.h"
 #include "agent/track.h"
 
 #include <fcntl.h>
@@ -34,10 +35,9 @@ static CUresult hand_out_locked(struct bn_seg *seg, CUmemGenericAllocationHandle
     return CUDA_SUCCESS;
 }
 
-CUresult bn_wrap_cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size,
-                             const CUmemAllocationProp *prop, unsigned long long flags)
+static CUresult create(CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *prop,
+                       unsigned long long flags)
 {
-    BN_GATED();
     if (!handle || !prop || !bn_agent_converting())
         return bn_real.cuMemCreate(handle, size, prop, flags);
     BN_LOCKED();
@@ -67,6 +67,19 @@ CUresult bn_wrap_cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size,
                      (prop->allocFlags.compressionType ? BN_SEGMENT_COMPRESSED : 0);
     }
     return hand_out_locked(seg, real, handle);
+}
+
+CUresult bn_wrap_cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size,
+                             const CUmemAllocationProp *prop, unsigned long long flags)
+{
+    BN_GATED();
+    struct bn_need need = {0};
+    CUresult r;
+    do
+        r = create(handle, size, prop, flags);
+    while (prop && prop->location.type == CU_MEM_LOCATION_TYPE_DEVICE &&
+           bn_need_again(&need, r, prop->location.id, size));
+    return r;
 }
 
 CUresult bn_wrap_cuMemImportFromShareableHandle(CUmemGenericAllocationHandle *handle, void *osHandle,

@@ -81,7 +81,7 @@ struct bn_agent_sharing {
  * daemon that was killed is known by not changing. An allocation that fails for want of memory while `hot` is not 0 becomes a
  * want: bytes and GPU are written, then `wanted_seq` is raised. The daemon looks into the pages now and then (some tens of
  * milliseconds), lets go of what it can, and writes `answered_more`, then `answered_seq` = the `wanted_seq` that it acted on.
- * The agent leaves its gate, waits for that, and tries again: after each answer with more once, never after another.
+ * The agent leaves its gate, waits for that, and tries again: once after each answer, and asks again if there was more.
  * It waits no longer than BN_AGENT_NEED_MS in all, and not when `hot` has not changed for BN_AGENT_HOT_DEAD_MS; then it
  * writes `wanted_bytes` = 0, and the application gets the driver's answer. One want at a time: further threads that want
  * take their turn. Either side takes nonsense of the other's for "nothing". */

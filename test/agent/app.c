@@ -9,6 +9,9 @@
  *   export I            cuMemExportToShareableHandle of block I
  *   give I              the same, and keep the descriptor: its number
  *   take PID FD / untake   import that of another program, hold it / let go of it
+ *   try KIND MIB        allocate that much, by cuMemAlloc (0), cuMemAllocPitch (1), cuMemCreate (2), cuMemAllocAsync (3)
+ *   tries N MIB         by cuMemAlloc in N threads at once: how many got it
+ *   untry               free the last of try, or all of tries
  *   capture / endcapture     on a stream of its own
  *   hammer / stop       threads that copy and check all the time / their number of calls
  *   block / unblock     work on the stream that does not end / ends; "wait" begins a thread that waits for it
@@ -327,6 +330,75 @@ static bool sharing(const char *word, unsigned long a, unsigned long b)
     return true;
 }
 
+/* ---- allocations that may fail ---------------------------------------------------------------------- */
+
+#define TRIES 8
+static CUdeviceptr tried[TRIES];
+static CUmemGenericAllocationHandle tried_handle;
+static size_t try_bytes;
+
+static CUresult try_one(unsigned kind, size_t bytes)
+{
+    CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
+                                .location = {CU_MEM_LOCATION_TYPE_DEVICE, 0}};
+    size_t pitch;
+    switch (kind) {
+    case 0: return cu.cuMemAlloc_v2(&tried[0], bytes);
+    case 1: return cu.cuMemAllocPitch_v2(&tried[0], &pitch, bytes / 1024, 1024, 4);
+    case 2: return cu.cuMemCreate(&tried_handle, bytes, &prop, 0);
+    default: return cu.cuMemAllocAsync(&tried[0], bytes, stream);
+    }
+}
+
+static void *try_thread(void *arg)
+{
+    must(cu.cuCtxSetCurrent(context), "cuCtxSetCurrent");
+    if (cu.cuMemAlloc_v2(arg, try_bytes) != CUDA_SUCCESS)
+        *(CUdeviceptr *)arg = 0;
+    return NULL;
+}
+
+static unsigned try_threads(unsigned n, size_t bytes)
+{
+    pthread_t threads[TRIES];
+    unsigned got = 0;
+    try_bytes = bytes;
+    for (unsigned i = 0; i < n && i < TRIES; i++)
+        pthread_create(&threads[i], NULL, try_thread, &tried[i]);
+    for (unsigned i = 0; i < n && i < TRIES; i++) {
+        pthread_join(threads[i], NULL);
+        got += tried[i] != 0;
+    }
+    return got;
+}
+
+static void untry(void)
+{
+    for (unsigned i = 0; i < TRIES; i++)
+        if (tried[i])
+            must(cu.cuMemFree_v2(tried[i]), "cuMemFree");
+    memset(tried, 0, sizeof(tried));
+    if (tried_handle)
+        must(cu.cuMemRelease(tried_handle), "cuMemRelease");
+    tried_handle = 0;
+}
+
+static bool trying(const char *word, unsigned long a, unsigned long b)
+{
+    if (strcmp(word, "try") == 0) {
+        CUresult r = try_one((unsigned)a, b * MIB);
+        printf(r == CUDA_SUCCESS ? "ok\n" : "no %d\n", r);
+    } else if (strcmp(word, "tries") == 0) {
+        printf("ok %u\n", try_threads((unsigned)a, b * MIB));
+    } else if (strcmp(word, "untry") == 0) {
+        untry();
+        printf("ok\n");
+    } else {
+        return false;
+    }
+    return true;
+}
+
 /* The rarer commands. */
 static bool special(const char *word, unsigned long a)
 {
@@ -362,7 +434,7 @@ static bool special(const char *word, unsigned long a)
 
 static void obey(const char *word, unsigned long a, unsigned long b)
 {
-    if (blocking(word) || special(word, a) || sharing(word, a, b))
+    if (blocking(word) || special(word, a) || sharing(word, a, b) || trying(word, a, b))
         return;
     if (strcmp(word, "alloc") == 0) {
         struct block *block = &blocks[count++];

@@ -26,6 +26,7 @@
     X(cuDevicePrimaryCtxReset_v2)             \
     X(cuMemAlloc_v2)                          \
     X(cuMemFree_v2)                           \
+    X(cuMemAllocAsync)                        \
     X(cuMemAllocPitch_v2)                     \
     X(cuMemAllocManaged)                      \
     X(cuMemGetInfo_v2)                        \
