@@ -5,6 +5,7 @@
 #include "checkpoint/copies.h"
 #include "checkpoint/describe.h"
 #include "checkpoint/record.h"
+#include "store/disk.h"
 #include "store/image_dir.h"
 #include "store/pack.h"
 
@@ -119,6 +120,9 @@ static int start_writing(struct bn_quiesce *q, struct bn_error *err)
         r = bn_record_image(q, d->dirfd, &d->record, err);
     if (r == 0)
         r = open_writer(d, err);
+    /* What does not fit into the page cache would only push out what other programs use, and wait for the disk all the same. */
+    if (r == 0 && (q->flags & BN_DUMP_SYNC || bn_manifest_bytes(d->manifest) > bn_disk_cache_room()))
+        r = bn_pack_writer_direct(d->writer, 0, true, err); /* stable: the copier keeps its staging buffers */
     if (r < 0)
         return r;
     struct store_part *next = d->parts = calloc(parts ? parts : 1, sizeof(*d->parts));

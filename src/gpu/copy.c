@@ -45,6 +45,12 @@ int bn_copier_new(struct bn_gpu *gpu, const struct bn_copier_config *config, str
         c->config.workers = bn_gpu_cores() < 8 ? bn_gpu_cores() : 8;
     if (c->config.workers > WORKERS_MAX)
         c->config.workers = WORKERS_MAX;
+    if (!c->config.workers_in)
+        c->config.workers_in = config->workers       ? c->config.workers
+                               : bn_gpu_cores() < 16 ? bn_gpu_cores()
+                                                     : 16;
+    if (c->config.workers_in > WORKERS_MAX)
+        c->config.workers_in = WORKERS_MAX;
     if (!c->config.buffers)
         c->config.buffers = 4 * 2 * c->config.workers;
     c->config.buffers += c->config.buffers % 2; /* they are lent in pairs */
@@ -93,9 +99,9 @@ uint64_t bn_copier_buffer(const struct bn_copier *c)
     return c->config.buffer;
 }
 
-unsigned bn_copier_workers(const struct bn_copier *c)
+unsigned bn_copier_workers(const struct bn_copier *c, enum bn_copy_mode mode)
 {
-    return c->config.workers;
+    return mode == BN_COPY_IN ? c->config.workers_in : c->config.workers;
 }
 
 /* Make what is missing of buffers[have .. want). Fewer than asked for are fine from two on. */

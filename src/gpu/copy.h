@@ -42,4 +42,4 @@ unsigned bn_copier_lend(struct bn_copier *copier, struct bn_copy *job, struct bn
                         unsigned want);
 void bn_copier_return(struct bn_copier *copier, struct bn_mem **buffers, unsigned n);
 uint64_t bn_copier_buffer(const struct bn_copier *copier);
-unsigned bn_copier_workers(const struct bn_copier *copier);
+unsigned bn_copier_workers(const struct bn_copier *copier, enum bn_copy_mode mode);

@@ -179,7 +179,7 @@ static void run_workers(struct bn_copy *job, struct worker *workers, struct bn_m
 
 void bn_copy_streamed(struct bn_copy *job)
 {
-    unsigned want = job->spec.workers ? job->spec.workers : bn_copier_workers(job->copier);
+    unsigned want = job->spec.workers ? job->spec.workers : bn_copier_workers(job->copier, job->spec.mode);
     uint64_t chunks = job->total / BN_GPU_CHUNK;
     if (want > chunks)
         want = (unsigned)chunks;

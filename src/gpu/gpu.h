@@ -169,7 +169,9 @@ struct bn_copier;
 
 struct bn_copier_config {
     uint64_t buffer;  /* bytes of a staging buffer, multiple of BN_GPU_CHUNK; 0: 16 MiB */
-    unsigned workers; /* threads of a streamed job; 0: one a core, at most 8. Each has two buffers. */
+    unsigned workers; /* threads of a BN_COPY_OUT job; 0: one a core, at most 8. Each has two buffers. */
+    /* The same for BN_COPY_IN, whose threads copy from the page cache and gain from more; 0: one a core, at most 16. */
+    unsigned workers_in;
     /* Staging buffers for all jobs together. Jobs beyond get fewer, or wait. 0: enough for four jobs. */
     unsigned buffers;
 };

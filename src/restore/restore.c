@@ -96,15 +96,9 @@ static int make_targets(struct bn_restore *r, struct bn_error *err)
 static int produce(void *arg, uint64_t chunk, unsigned nchunks, void *data, struct bn_error *err)
 {
     const struct load *l = arg;
-    for (unsigned i = 0; i < nchunks; i++) {
-        uint32_t at = (uint32_t)(l->part->image_chunk + chunk + i);
-        void *to = (uint8_t *)data + i * BN_CHUNK_SIZE;
-        int r = l->gpu_verifies ? bn_pack_reader_read_unverified(l->reader, at, to, err)
-                                : bn_pack_reader_read(l->reader, at, to, err);
-        if (r < 0)
-            return r;
-    }
-    return 0;
+    /* Stable: the copier keeps its staging buffers. */
+    return bn_pack_reader_read_batch(l->reader, (uint32_t)(l->part->image_chunk + chunk), nchunks, data,
+                                     BN_PACK_STABLE | (l->gpu_verifies ? 0 : BN_PACK_VERIFY), err);
 }
 
 static int load_part(struct bn_quiesce *q, struct bn_target *t, struct bn_target_part *part, void *arg,

@@ -11,6 +11,7 @@
 #include "base/error.h"
 #include "image/manifest.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -50,6 +51,10 @@ struct bn_pack_options {
 int bn_pack_writer_open(int dirfd, const uint8_t key[BN_HASH_KEY_SIZE], uint32_t n_chunks,
                         const struct bn_pack_options *options, struct bn_pack_writer **out,
                         struct bn_error *err);
+
+/* Write around the page cache from now on, at the disk's own rate: see store/disk.h, of which `disk_flags` are. `stable`: all data
+ * that is added lies in few buffers, which stay mapped until the writer is ended. Before the first add. -ENOMEM. */
+int bn_pack_writer_direct(struct bn_pack_writer *w, unsigned disk_flags, bool stable, struct bn_error *err);
 
 struct bn_pack_item {
     uint32_t chunk;
@@ -118,6 +123,17 @@ int bn_pack_reader_open(int dirfd, const struct bn_manifest *m, struct bn_pack_r
                         struct bn_error *err);
 void bn_pack_reader_free(struct bn_pack_reader *r);
 
+/* Leave ways of reading out: BN_DISK_… of store/disk.h. Before the first read, by one thread. -ENOMEM: nothing changed. */
+int bn_pack_reader_tune(struct bn_pack_reader *r, unsigned disk_flags, struct bn_error *err);
+
+#define BN_PACK_VERIFY 1u /* compare the hashes */
+#define BN_PACK_STABLE 2u /* `dst` lies in one of few buffers, which stay mapped until the reader is freed */
+
+/* Read the `n` chunks from `first` on into `dst`, one behind the other. All of them are asked for at once, and hashed as they come;
+ * what the page cache does not have is read around it if `dst` is aligned to BN_PACK_ALIGN. `flags`: BN_PACK_VERIFY,
+ * BN_PACK_STABLE. Any thread, several at once; errors as bn_pack_reader_read(). */
+int bn_pack_reader_read_batch(struct bn_pack_reader *r, uint32_t first, unsigned n, void *dst, unsigned flags,
+                              struct bn_error *err);
 /* Read a chunk into `dst` (BN_CHUNK_SIZE bytes) and compare its hash. Any thread, several at once. On an error `dst` holds
  * rubbish. -EBADMSG: truncated or changed, with the process, segment and file that are concerned; -EIO …; -EINVAL: no
  * such chunk. */

@@ -59,7 +59,9 @@ int bn_pack_writer_retarget(struct bn_pack_writer *w, int dirfd, struct bn_error
     bn_auto_free int *fds = calloc(w->n_packs ? w->n_packs : 1, sizeof(*fds));
     if (!fds)
         return bn_error_set(err, ENOMEM, "store", "out of memory");
-    int r = 0;
+    int r = bn_pack_lanes_settle(w, err);
+    if (r < 0)
+        return r;
     uint32_t n = 0;
     for (; r >= 0 && n < w->n_packs; n++)
         fds[n] = r = w->packs[n].fd < 0 ? 0 : put(&w->packs[n], to, n);

@@ -1,7 +1,7 @@
 #include "store/pack.h"
 
 #include "base/cleanup.h"
-#include "base/io.h"
+#include "store/disk.h"
 #include "store/pack_file.h"
 
 #include <errno.h>
@@ -11,7 +11,8 @@
 struct bn_pack_reader {
     const struct bn_manifest *m;
     struct bn_hash_key *key;
-    int *fds; /* as m->packs */
+    struct bn_disk *disk;
+    struct bn_disk_file *files; /* as m->packs; we own their descriptors */
 };
 
 /* ---- what to say about a chunk ---- */
@@ -49,14 +50,18 @@ int bn_pack_reader_open(int dirfd, const struct bn_manifest *m, struct bn_pack_r
         return bn_error_set(err, ENOMEM, "store", "out of memory");
     r->m = m;
     r->key = bn_hash_key_new(m->key);
-    r->fds = malloc((m->n_packs ? m->n_packs : 1) * sizeof(*r->fds));
+    r->disk = bn_disk_new(0);
+    r->files = malloc((m->n_packs ? m->n_packs : 1) * sizeof(*r->files));
     int rc = 0;
-    if (!r->key || !r->fds)
+    if (!r->key || !r->files || !r->disk)
         rc = bn_error_set(err, ENOMEM, "store", "out of memory");
-    for (uint32_t i = 0; r->fds && i < m->n_packs; i++)
-        r->fds[i] = -1;
-    for (uint32_t i = 0; rc >= 0 && i < m->n_packs; i++)
-        rc = r->fds[i] = bn_pack_file_open(dirfd, &m->packs[i], err);
+    for (uint32_t i = 0; r->files && i < m->n_packs; i++)
+        r->files[i] = BN_DISK_FILE_NONE;
+    for (uint32_t i = 0; rc >= 0 && i < m->n_packs; i++) {
+        rc = bn_pack_file_open(dirfd, &m->packs[i], err);
+        if (rc >= 0)
+            bn_disk_file_open(r->disk, rc, false, &r->files[i]);
+    }
     if (rc < 0) {
         bn_pack_reader_free(r);
         return rc;
@@ -65,45 +70,119 @@ int bn_pack_reader_open(int dirfd, const struct bn_manifest *m, struct bn_pack_r
     return 0;
 }
 
+static void close_files(struct bn_pack_reader *r)
+{
+    for (uint32_t i = 0; r->files && i < r->m->n_packs; i++) {
+        bn_close(r->files[i].fd);
+        bn_disk_file_close(&r->files[i]);
+    }
+}
+
 void bn_pack_reader_free(struct bn_pack_reader *r)
 {
     if (!r)
         return;
-    for (uint32_t i = 0; r->fds && i < r->m->n_packs; i++)
-        bn_close(r->fds[i]);
-    free(r->fds);
+    bn_disk_free(r->disk);
+    close_files(r);
+    free(r->files);
     bn_hash_key_free(r->key);
     free(r);
 }
 
+int bn_pack_reader_tune(struct bn_pack_reader *r, unsigned disk_flags, struct bn_error *err)
+{
+    struct bn_disk *d = bn_disk_new(disk_flags);
+    if (!d)
+        return bn_error_set(err, ENOMEM, "store", "out of memory");
+    bn_disk_free(r->disk);
+    r->disk = d;
+    for (uint32_t i = 0; i < r->m->n_packs; i++) {
+        int fd = r->files[i].fd;
+        bn_disk_file_close(&r->files[i]);
+        bn_disk_file_open(d, fd, false, &r->files[i]);
+    }
+    return 0;
+}
+
 /* ---- read ---- */
 
-static int fd_of(const struct bn_pack_reader *r, uint32_t pack)
+static const struct bn_disk_file *file_of(const struct bn_pack_reader *r, uint32_t pack)
 {
     const struct bn_image_pack *p = bn_manifest_find_pack(r->m, pack);
-    return p ? r->fds[p - r->m->packs] : -1;
+    return p ? &r->files[p - r->m->packs] : NULL;
+}
+
+static int read_failed(const struct bn_pack_reader *r, uint32_t chunk, int rc, struct bn_error *err)
+{
+    const struct bn_image_chunk *c = &r->m->chunks[chunk];
+    if (rc == -ENODATA)
+        return bn_error_set(err, EBADMSG, "store", "%s is cut off: " BN_PACK_NAME " became shorter",
+                            whose(r->m, chunk).text, c->pack);
+    return bn_error_set(err, rc, "store", "cannot read %s from " BN_PACK_NAME " at %llu: %s",
+                        whose(r->m, chunk).text, c->pack, (unsigned long long)c->offset, strerror(-rc));
+}
+
+/* Chunks that are read in one call. */
+struct batch {
+    struct bn_pack_reader *r;
+    struct bn_error *err;
+    unsigned flags;
+    bool damaged; /* and *err says so already */
+    size_t n;
+    uint32_t chunks[BN_DISK_PIECES];
+    struct bn_disk_piece pieces[BN_DISK_PIECES];
+};
+
+/* Hashed while others are still on their way. */
+static int chunk_is_here(void *arg, size_t i)
+{
+    struct batch *b = arg;
+    if (!(b->flags & BN_PACK_VERIFY))
+        return 0;
+    int rc = bn_pack_reader_verify(b->r, b->chunks[i], b->pieces[i].data, b->err);
+    b->damaged = rc < 0;
+    return rc;
+}
+
+static int run_batch(struct batch *b)
+{
+    size_t failed = 0;
+    int rc = bn_disk_read(b->r->disk, b->pieces, b->n, chunk_is_here, b, &failed);
+    if (rc < 0 && !b->damaged)
+        rc = read_failed(b->r, b->chunks[failed], rc, b->err);
+    b->n = 0;
+    return rc;
+}
+
+int bn_pack_reader_read_batch(struct bn_pack_reader *r, uint32_t first, unsigned n, void *dst, unsigned flags,
+                              struct bn_error *err)
+{
+    struct batch b = {.r = r, .err = err, .flags = flags};
+    if (first > r->m->n_chunks || n > r->m->n_chunks - first)
+        return bn_error_set(err, EINVAL, "store", "chunks %u to %llu of %u", first,
+                            (unsigned long long)first + n - 1, r->m->n_chunks);
+    int rc = 0;
+    for (unsigned i = 0; i < n && rc == 0; i++) {
+        const struct bn_image_chunk *c = &r->m->chunks[first + i];
+        uint8_t *to = (uint8_t *)dst + (size_t)i * BN_CHUNK_SIZE;
+        if (c->flags & BN_CHUNK_ZERO) {
+            memset(to, 0, BN_CHUNK_SIZE);
+            continue;
+        }
+        const struct bn_disk_file *file = file_of(r, c->pack);
+        if (!file || c->length != BN_CHUNK_SIZE)
+            return bn_error_set(err, EINVAL, "store", "%s has no place", whose(r->m, first + i).text);
+        b.chunks[b.n] = first + i;
+        b.pieces[b.n++] = (struct bn_disk_piece){file, c->offset, to, c->length, flags & BN_PACK_STABLE};
+        if (b.n == BN_DISK_PIECES)
+            rc = run_batch(&b);
+    }
+    return rc == 0 && b.n > 0 ? run_batch(&b) : rc;
 }
 
 int bn_pack_reader_read_unverified(struct bn_pack_reader *r, uint32_t chunk, void *dst, struct bn_error *err)
 {
-    if (chunk >= r->m->n_chunks)
-        return bn_error_set(err, EINVAL, "store", "chunk %u of %u", chunk, r->m->n_chunks);
-    const struct bn_image_chunk *c = &r->m->chunks[chunk];
-    if (c->flags & BN_CHUNK_ZERO) {
-        memset(dst, 0, BN_CHUNK_SIZE);
-        return 0;
-    }
-    int fd = fd_of(r, c->pack);
-    if (fd < 0 || c->length != BN_CHUNK_SIZE)
-        return bn_error_set(err, EINVAL, "store", "%s has no place", whose(r->m, chunk).text);
-    int rc = bn_pread_full(fd, dst, c->length, c->offset);
-    if (rc == -ENODATA)
-        return bn_error_set(err, EBADMSG, "store", "%s is cut off: " BN_PACK_NAME " became shorter",
-                            whose(r->m, chunk).text, c->pack);
-    if (rc < 0)
-        return bn_error_set(err, rc, "store", "cannot read %s from " BN_PACK_NAME " at %llu: %s",
-                            whose(r->m, chunk).text, c->pack, (unsigned long long)c->offset, strerror(-rc));
-    return 0;
+    return bn_pack_reader_read_batch(r, chunk, 1, dst, 0, err);
 }
 
 int bn_pack_reader_verify(struct bn_pack_reader *r, uint32_t chunk, const void *data, struct bn_error *err)
@@ -128,8 +207,5 @@ int bn_pack_reader_verify(struct bn_pack_reader *r, uint32_t chunk, const void *
 
 int bn_pack_reader_read(struct bn_pack_reader *r, uint32_t chunk, void *dst, struct bn_error *err)
 {
-    int rc = bn_pack_reader_read_unverified(r, chunk, dst, err);
-    if (rc < 0 || r->m->chunks[chunk].flags & BN_CHUNK_ZERO)
-        return rc;
-    return bn_pack_reader_verify(r, chunk, dst, err);
+    return bn_pack_reader_read_batch(r, chunk, 1, dst, BN_PACK_VERIFY, err);
 }

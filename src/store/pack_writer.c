@@ -84,13 +84,31 @@ static struct bn_pack_lane *lock_lane(struct bn_pack_writer *w, uint32_t hint)
     return l;
 }
 
+/* The file was made longer than what it holds, for the writes to come. */
+static int settle(struct bn_pack_writer *w, struct bn_pack_lane *l, struct bn_error *err)
+{
+    int r = l->file.fd < 0 ? 0 : bn_disk_trim(&l->file, l->length);
+    bn_disk_file_close(&l->file);
+    return r < 0 ? bn_pack_fail(w, err, r, "write", l->pack) : 0;
+}
+
+int bn_pack_lanes_settle(struct bn_pack_writer *w, struct bn_error *err)
+{
+    int r = 0;
+    for (unsigned i = 0; i < w->n_lanes && r == 0; i++)
+        r = settle(w, &w->lanes[i], err);
+    return r;
+}
+
 struct bn_pack_lane *bn_pack_lane_take(struct bn_pack_writer *w, uint32_t hint, uint64_t bytes,
                                        struct bn_error *err)
 {
     struct bn_pack_lane *l = lock_lane(w, hint);
     if (l->pack != BN_NO_PACK && l->length + bytes <= w->pack_bytes)
         return l;
-    int64_t pack = bn_pack_next(w, -1, 0, err);
+    int64_t pack = settle(w, l, err);
+    if (pack == 0)
+        pack = bn_pack_next(w, -1, 0, err);
     if (pack < 0) {
         pthread_mutex_unlock(&l->lock);
         return NULL;
@@ -138,6 +156,21 @@ static int pwritev_full(int fd, struct iovec *iov, int n, uint64_t off)
     return 0;
 }
 
+static int write_around_cache(struct bn_pack_writer *w, struct bn_pack_lane *l, const struct iovec *iov,
+                              unsigned n)
+{
+    struct bn_disk_piece pieces[BN_PACK_BATCH];
+    uint64_t end = l->length;
+    if (l->file.fd < 0)
+        bn_disk_file_open(w->disk, l->fd, true, &l->file);
+    for (unsigned i = 0; i < n; i++) {
+        pieces[i] = (struct bn_disk_piece){&l->file, end, iov[i].iov_base, iov[i].iov_len, w->stable};
+        end += iov[i].iov_len;
+    }
+    bn_disk_reserve(&l->file, end);
+    return bn_disk_write(w->disk, pieces, n);
+}
+
 /* Write `n` chunks behind each other into one pack and note where they are. */
 static int write_chunks(struct bn_pack_writer *w, const void *const *data, const uint32_t *records,
                         unsigned n, struct bn_error *err)
@@ -148,7 +181,7 @@ static int write_chunks(struct bn_pack_writer *w, const void *const *data, const
     struct iovec iov[BN_PACK_BATCH];
     for (unsigned i = 0; i < n; i++)
         iov[i] = (struct iovec){(void *)data[i], BN_CHUNK_SIZE};
-    int r = pwritev_full(l->fd, iov, (int)n, l->length);
+    int r = w->disk ? write_around_cache(w, l, iov, n) : pwritev_full(l->fd, iov, (int)n, l->length);
     if (r < 0) {
         r = bn_pack_fail(w, err, r, "write", l->pack);
         bn_pack_lane_done(w, l, 0);
@@ -211,6 +244,7 @@ int bn_pack_writer_open(int dirfd, const uint8_t key[BN_HASH_KEY_SIZE], uint32_t
         pthread_mutex_init(&w->lanes[i].lock, NULL);
         w->lanes[i].pack = BN_NO_PACK;
         w->lanes[i].fd = -1;
+        w->lanes[i].file = BN_DISK_FILE_NONE;
     }
     int r = open_writer(w, dirfd, key, &o, err);
     if (r < 0) {
@@ -218,6 +252,17 @@ int bn_pack_writer_open(int dirfd, const uint8_t key[BN_HASH_KEY_SIZE], uint32_t
         return r;
     }
     *out = w;
+    return 0;
+}
+
+int bn_pack_writer_direct(struct bn_pack_writer *w, unsigned disk_flags, bool stable, struct bn_error *err)
+{
+    struct bn_disk *d = bn_disk_new(disk_flags);
+    if (!d)
+        return bn_error_set(err, ENOMEM, "store", "out of memory");
+    bn_disk_free(w->disk);
+    w->disk = d;
+    w->stable = stable;
     return 0;
 }
 
@@ -403,6 +448,8 @@ int bn_pack_writer_finish(struct bn_pack_writer *w, struct bn_manifest *m, struc
         return bn_error_set(err, EINVAL, "store", "the packs were not written for this manifest");
     int r = mark_used(w, err);
     if (r == 0)
+        r = bn_pack_lanes_settle(w, err);
+    if (r == 0)
         r = bn_pack_sources_bring(w, err);
     if (r < 0)
         return r;
@@ -436,9 +483,12 @@ static void destroy(struct bn_pack_writer *w, bool remove)
         if (remove)
             bn_pack_file_unlink(w->dirfd, i);
     }
-    for (unsigned i = 0; i < BN_PACK_LANES; i++)
+    for (unsigned i = 0; i < BN_PACK_LANES; i++) {
+        bn_disk_file_close(&w->lanes[i].file);
         pthread_mutex_destroy(&w->lanes[i].lock);
+    }
     pthread_mutex_destroy(&w->lock);
+    bn_disk_free(w->disk);
     bn_pack_sources_close(w);
     bn_close(w->dirfd);
     bn_close(w->lock_fd);

@@ -1,6 +1,7 @@
 /* Inside of the pack writer: what pack_writer.c, pack_sources.c and pack_move.c share. */
 #pragma once
 
+#include "store/disk.h"
 #include "store/pack.h"
 #include "store/pack_table.h"
 
@@ -15,6 +16,7 @@ struct bn_pack_lane {
     int fd;        /* as packs[pack] has it */
     uint32_t pack; /* BN_NO_PACK: none open */
     uint64_t length;
+    struct bn_disk_file file; /* of fd, while it is written around the page cache */
 };
 
 /* A pack in our folder; its number is its place in the list. */
@@ -42,6 +44,8 @@ struct bn_pack_writer {
     struct bn_hash_key *key;
     struct bn_hash zero; /* of a zero chunk */
     bool finished;
+    struct bn_disk *disk; /* NULL: through the page cache */
+    bool stable;          /* data that is added stays mapped */
 
     struct bn_pack_lane lanes[BN_PACK_LANES];
     struct bn_pack_source *sources;
@@ -70,6 +74,9 @@ int64_t bn_pack_next(struct bn_pack_writer *w, int link, uint64_t length, struct
 struct bn_pack_lane *bn_pack_lane_take(struct bn_pack_writer *w, uint32_t hint, uint64_t bytes,
                                        struct bn_error *err);
 void bn_pack_lane_done(struct bn_pack_writer *w, struct bn_pack_lane *l, uint64_t bytes);
+
+/* Give every pack the length of what was written into it, before its descriptor or its length is used. No add is under way. */
+int bn_pack_lanes_settle(struct bn_pack_writer *w, struct bn_error *err);
 
 /* pack_sources.c: know what the parents have; at the end bring what is used into our folder; close. */
 int bn_pack_sources_open(struct bn_pack_writer *w, const struct bn_pack_parent *parents, size_t n,
