@@ -5,6 +5,7 @@
 #include "checkpoint/copies.h"
 #include "checkpoint/describe.h"
 #include "checkpoint/record.h"
+#include "checkpoint/sending.h"
 #include "store/disk.h"
 #include "store/image_dir.h"
 #include "store/pack.h"
@@ -12,7 +13,6 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 #define LOOK_MS 1000u
 
@@ -20,17 +20,15 @@ struct bn_dump {
     struct bn_quiesce q;
     int dirfd;
     struct bn_manifest *manifest;
-    uint8_t key[BN_HASH_KEY_SIZE]; /* of the parent, whose family this checkpoint joins */
     bool has_parent;
     struct bn_pack_writer *writer;
+    uint8_t key[BN_HASH_KEY_SIZE]; /* the writer's, once it is open */
     struct bn_copies copies;
-    struct store_part *parts; /* one a part of a target */
-    uint64_t record;          /* of the unfinished image; 0: none */
-};
-
-struct store_part {
-    struct bn_pack_writer *writer;
-    uint64_t first; /* image chunk of the set's chunk 0 */
+    struct bn_hash_key *hash_key;
+    struct bn_send_env send;
+    struct bn_sending **parts; /* one a part of a target */
+    size_t nparts;
+    uint64_t record; /* of the unfinished image; 0: none */
 };
 
 static struct bn_dump *of(struct bn_quiesce *q)
@@ -40,67 +38,43 @@ static struct bn_dump *of(struct bn_quiesce *q)
 
 /* ---- writing ---- */
 
-static int consume(void *arg, uint64_t chunk, unsigned nchunks, const void *data, struct bn_error *err)
+static int send_part(struct bn_quiesce *q, struct bn_target *t, struct bn_target_part *part, void *arg,
+                     struct bn_copy **job, struct bn_error *err)
 {
-    const struct store_part *s = arg;
-    struct bn_pack_item items[BN_PACK_BATCH];
-    for (unsigned at = 0; at < nchunks;) {
-        unsigned n = nchunks - at < BN_PACK_BATCH ? nchunks - at : BN_PACK_BATCH;
-        for (unsigned i = 0; i < n; i++)
-            items[i] = (struct bn_pack_item){.chunk = (uint32_t)(s->first + chunk + at + i),
-                                             .data = (const uint8_t *)data + (at + i) * BN_CHUNK_SIZE};
-        int r = bn_pack_writer_add_batch(s->writer, items, n, err);
-        if (r < 0)
-            return r;
-        at += n;
-    }
-    return 0;
+    (void)q, (void)t, (void)part;
+    struct bn_sending ***next = arg;
+    return bn_sending_start(*(*next)++, job, err);
 }
 
-static int write_part(struct bn_quiesce *q, struct bn_target *t, struct bn_target_part *part, void *arg,
-                      struct bn_copy **job, struct bn_error *err)
+/* Nobody can write to the memory any more: what is hashed now is what will be copied. */
+static int choose_chunks(struct bn_dump *d, struct bn_error *err)
 {
-    (void)t;
-    struct store_part **next = arg;
-    struct store_part *s = (*next)++;
-    *s = (struct store_part){.writer = of(q)->writer, .first = part->image_chunk};
-    struct bn_copy_spec spec = {.mode = BN_COPY_OUT, .set = part->set, .consume = consume, .arg = s};
-    return bn_copy_start(q->env->copier, &spec, job, err);
-}
-
-static const struct bn_pack_options pack_options = {.flags = BN_PACK_NOSYNC};
-
-/* Everything about the parent that can be wrong is found out here, before a process is touched: the writer is opened for no chunks
- * yet, and holds the parent's packs from now on. */
-static int join_parent(struct bn_dump *d, int parent, struct bn_error *err)
-{
-    struct stat mine, its;
-    if (fstat(d->dirfd, &mine) < 0 || fstat(parent, &its) < 0)
-        return bn_error_set(err, errno, "parent", "cannot look at the folders: %m");
-    if (mine.st_dev == its.st_dev && mine.st_ino == its.st_ino)
-        return bn_error_set(err, EINVAL, "parent",
-                            "a checkpoint cannot be its own parent: write it to another folder");
-    bn_auto_manifest struct bn_manifest *m = NULL;
-    struct bn_error why = BN_ERROR_INIT;
-    bn_auto_fd lock = bn_image_lock(parent, false, &why);
-    if (lock != -EBUSY)
-        why = BN_ERROR_INIT;
-    int r = lock == -EBUSY ? lock : bn_image_load(parent, &m, &why);
-    if (r < 0)
-        return bn_error_set(err, r, "parent", "the parent checkpoint: %s", why.text);
-    struct bn_pack_options o = pack_options;
-    o.parents = &(struct bn_pack_parent){parent, m};
-    o.nparents = 1;
-    memcpy(d->key, m->key, sizeof(d->key));
-    d->has_parent = true;
-    return bn_pack_writer_open(d->dirfd, d->key, 0, &o, &d->writer, err);
+    struct bn_targets *targets = &d->q.targets;
+    size_t parts = bn_targets_parts(targets);
+    d->send = (struct bn_send_env){.gpu = d->q.env->gpu,
+                                   .copier = d->q.env->copier,
+                                   .writer = d->writer,
+                                   .key = d->hash_key = bn_hash_key_new(d->manifest->key)};
+    d->parts = calloc(parts ? parts : 1, sizeof(*d->parts));
+    if (!d->hash_key || !d->parts)
+        return bn_error_set(err, ENOMEM, "hash", "out of memory");
+    int phase = bn_report_begin(d->q.report, "hash"), r = 0;
+    uint64_t hashed = 0;
+    for (size_t i = 0; i < targets->n; i++)
+        for (size_t p = 0; r == 0 && p < targets->v[i].nparts; p++) {
+            r = bn_sending_new(&d->send, &targets->v[i].parts[p], &d->parts[d->nparts], err);
+            if (r == 0 && bn_sending_hashed(d->parts[d->nparts++]))
+                hashed += targets->v[i].parts[p].bytes;
+        }
+    bn_report_end(d->q.report, phase, hashed);
+    return r;
 }
 
 static int open_writer(struct bn_dump *d, struct bn_error *err)
 {
-    if (!d->has_parent)
-        return bn_pack_writer_open(d->dirfd, d->manifest->key, d->manifest->n_chunks, &pack_options,
-                                   &d->writer, err);
+    int r = d->writer ? 0 : bn_send_open(d->dirfd, -1, d->key, &d->writer, err);
+    if (r < 0)
+        return r;
     memcpy(d->manifest->key, d->key, sizeof(d->key));
     return bn_pack_writer_relayout(d->writer, d->manifest->n_chunks, err);
 }
@@ -108,7 +82,6 @@ static int open_writer(struct bn_dump *d, struct bn_error *err)
 static int start_writing(struct bn_quiesce *q, struct bn_error *err)
 {
     struct bn_dump *d = of(q);
-    size_t parts = bn_targets_parts(&q->targets);
     int r = bn_describe(q, &d->manifest, err);
     /* Container runtimes name one directory again and again (a checkpoint that leaves the container running, one that was kept
      * after a restore), and CRIU writes over its files there: the checkpoint that was in it is lost anyway. */
@@ -125,10 +98,9 @@ static int start_writing(struct bn_quiesce *q, struct bn_error *err)
         r = bn_pack_writer_direct(d->writer, 0, true, err); /* stable: the copier keeps its staging buffers */
     if (r < 0)
         return r;
-    struct store_part *next = d->parts = calloc(parts ? parts : 1, sizeof(*d->parts));
-    if (!d->parts)
-        return bn_error_set(err, ENOMEM, "copy-out", "out of memory");
-    return bn_copies_start(&d->copies, q, "copy-out", write_part, &next, err);
+    r = choose_chunks(d, err);
+    struct bn_sending **next = d->parts;
+    return r < 0 ? r : bn_copies_start(&d->copies, q, "copy-out", send_part, &next, err);
 }
 
 static int stop_writing(struct bn_quiesce *q, struct bn_error *err)
@@ -155,7 +127,10 @@ static void dump_free(struct bn_dump *d)
     bn_manifest_free(d->manifest);
     bn_report_unref(d->q.report);
     bn_close(d->dirfd);
+    for (size_t i = 0; i < d->nparts; i++)
+        bn_sending_free(d->parts[i]);
     free(d->parts);
+    bn_hash_key_free(d->hash_key);
     free(d);
 }
 
@@ -182,8 +157,9 @@ int bn_dump_begin(struct bn_env *env, pid_t root, const struct bn_dump_options *
                                .copy_start = start_writing,
                                .copy_end = stop_writing};
     int r = d->dirfd < 0 ? bn_error_set(err, errno, "dump", "cannot hold the directory: %m") : 0;
-    if (r == 0 && options->parent >= 0)
-        r = join_parent(d, options->parent, err);
+    d->has_parent = options->parent >= 0;
+    if (r == 0 && d->has_parent) /* before any process is touched */
+        r = bn_send_open(d->dirfd, options->parent, d->key, &d->writer, err);
     if (r == 0)
         r = bn_quiesce_down(&d->q, err);
     if (r < 0 || d->q.targets.n == 0) {
@@ -270,6 +246,8 @@ int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err)
 {
     bn_kill_point(d->q.env, "commit", "begin");
     int r = bn_copies_finish(&d->copies, &d->q, cancel, err);
+    for (size_t i = 0; r == 0 && i < d->nparts; i++)
+        r = bn_sending_settle(d->parts[i], err);
     if (r == 0)
         r = bn_pack_writer_finish(d->writer, d->manifest, err);
     bn_kill_point(d->q.env, "commit", "one");

@@ -1,0 +1,230 @@
+#include "checkpoint/sending.h"
+
+#include "base/cleanup.h"
+#include "store/image_dir.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+struct bn_sending {
+    const struct bn_send_env *env;
+    const struct bn_target_part *part;
+    size_t n;               /* chunks */
+    struct bn_hash *hashes; /* as they were on the GPU; NULL: it does not hash */
+    bool *known;            /* each chunk: the writer knew it at once */
+    struct bn_copy_extent *extents;
+    size_t nextents;
+    uint64_t bytes;
+};
+
+/* ---- the writer ---- */
+
+static const struct bn_pack_options pack_options = {.flags = BN_PACK_NOSYNC};
+
+int bn_send_open(int dirfd, int parent, uint8_t key[BN_HASH_KEY_SIZE], struct bn_pack_writer **out,
+                 struct bn_error *err)
+{
+    uint8_t own[BN_HASH_KEY_SIZE];
+    if (parent < 0) {
+        int r = bn_hash_key_random(own);
+        if (r < 0)
+            return bn_error_set(err, r, "store", "the kernel gives no random key: %s", strerror(-r));
+        r = bn_pack_writer_open(dirfd, own, 0, &pack_options, out, err);
+        if (r == 0)
+            memcpy(key, own, sizeof(own));
+        return r;
+    }
+    struct stat mine, its;
+    if (fstat(dirfd, &mine) < 0 || fstat(parent, &its) < 0)
+        return bn_error_set(err, errno, "parent", "cannot look at the folders: %m");
+    if (mine.st_dev == its.st_dev && mine.st_ino == its.st_ino)
+        return bn_error_set(err, EINVAL, "parent",
+                            "a checkpoint cannot be its own parent: write it to another folder");
+    bn_auto_manifest struct bn_manifest *m = NULL;
+    struct bn_error why = BN_ERROR_INIT;
+    bn_auto_fd lock = bn_image_lock(parent, false, &why);
+    if (lock != -EBUSY)
+        why = BN_ERROR_INIT;
+    int r = lock == -EBUSY ? lock : bn_image_load(parent, &m, &why);
+    if (r < 0)
+        return bn_error_set(err, r, "parent", "the parent checkpoint: %s", why.text);
+    struct bn_pack_options o = pack_options;
+    o.parents = &(struct bn_pack_parent){parent, m};
+    o.nparents = 1;
+    r = bn_pack_writer_open(dirfd, m->key, 0, &o, out, err);
+    if (r == 0)
+        memcpy(key, m->key, sizeof(m->key));
+    return r;
+}
+
+/* ---- choosing ---- */
+
+struct candidate {
+    struct bn_hash hash;
+    size_t chunk;
+};
+
+static int by_hash(const void *a, const void *b)
+{
+    const struct candidate *x = a, *y = b;
+    int c = memcmp(x->hash.b, y->hash.b, BN_HASH_SIZE);
+    return c ? c : (x->chunk > y->chunk) - (x->chunk < y->chunk);
+}
+
+/* Of chunks that are alike and not known, the first is sent: send[] of the others becomes false. */
+static int drop_twins(struct bn_sending *s, bool *send)
+{
+    bn_auto_free struct candidate *c = malloc((s->n ? s->n : 1) * sizeof(*c));
+    size_t n = 0;
+    if (!c)
+        return -ENOMEM;
+    for (size_t i = 0; i < s->n; i++)
+        if (send[i])
+            c[n++] = (struct candidate){s->hashes[i], i};
+    qsort(c, n, sizeof(*c), by_hash);
+    for (size_t i = 1; i < n; i++)
+        if (bn_hash_equal(&c[i].hash, &c[i - 1].hash))
+            send[c[i].chunk] = false;
+    return 0;
+}
+
+static int add_extents(struct bn_sending *s, const bool *send)
+{
+    size_t runs = 0;
+    for (size_t i = 0; i < s->n; i++)
+        runs += send[i] && (i == 0 || !send[i - 1]);
+    s->extents = calloc(runs ? runs : 1, sizeof(*s->extents));
+    if (!s->extents)
+        return -ENOMEM;
+    for (size_t i = 0; i < s->n; i++) {
+        if (!send[i])
+            continue;
+        if (i == 0 || !send[i - 1])
+            s->extents[s->nextents++] = (struct bn_copy_extent){.offset = i * BN_GPU_CHUNK};
+        s->extents[s->nextents - 1].bytes += BN_GPU_CHUNK;
+        s->bytes += BN_GPU_CHUNK;
+    }
+    return 0;
+}
+
+/* What the writer knows; -EINVAL and the like are its own. */
+static int ask_writer(struct bn_sending *s)
+{
+    for (size_t i = 0; i < s->n; i++) {
+        int r = bn_pack_writer_place(s->env->writer, (uint32_t)(s->part->image_chunk + i), &s->hashes[i]);
+        if (r < 0)
+            return r;
+        s->known[i] = r > 0;
+    }
+    return 0;
+}
+
+static int choose(struct bn_sending *s)
+{
+    bn_auto_free bool *send = malloc(s->n ? s->n : 1);
+    if (!send)
+        return -ENOMEM;
+    int r = s->hashes ? ask_writer(s) : 0;
+    for (size_t i = 0; i < s->n; i++)
+        send[i] = !s->known[i];
+    if (r == 0 && s->hashes)
+        r = drop_twins(s, send);
+    return r < 0 ? r : add_extents(s, send);
+}
+
+int bn_sending_new(const struct bn_send_env *env, const struct bn_target_part *part, struct bn_sending **out,
+                   struct bn_error *err)
+{
+    struct bn_sending *s = calloc(1, sizeof(*s));
+    if (!s)
+        return bn_error_set(err, ENOMEM, "hash", "out of memory");
+    s->env = env;
+    s->part = part;
+    s->n = part->bytes / BN_GPU_CHUNK;
+    s->known = calloc(s->n ? s->n : 1, sizeof(*s->known));
+    s->hashes = calloc(s->n ? s->n : 1, sizeof(*s->hashes));
+    int r = s->known && s->hashes ? 0 : -ENOMEM;
+    if (r == 0 && bn_gpu_hash(env->gpu, part->set, env->key, 0, s->n, s->hashes, NULL) < 0) {
+        free(s->hashes);
+        s->hashes = NULL;
+    }
+    if (r == 0)
+        r = choose(s);
+    if (r < 0) {
+        bn_sending_free(s);
+        return bn_error_set(err, r, "hash", "cannot choose what to send: %s", strerror(-r));
+    }
+    *out = s;
+    return 0;
+}
+
+bool bn_sending_hashed(const struct bn_sending *s)
+{
+    return s->hashes != NULL;
+}
+
+uint64_t bn_sending_bytes(const struct bn_sending *s)
+{
+    return s->bytes;
+}
+
+/* ---- copying ---- */
+
+static int consume(void *arg, uint64_t chunk, unsigned nchunks, const void *data, struct bn_error *err)
+{
+    const struct bn_sending *s = arg;
+    struct bn_pack_item items[BN_PACK_BATCH];
+    for (unsigned at = 0; at < nchunks;) {
+        unsigned n = nchunks - at < BN_PACK_BATCH ? nchunks - at : BN_PACK_BATCH;
+        for (unsigned i = 0; i < n; i++)
+            items[i] = (struct bn_pack_item){.chunk = (uint32_t)(s->part->image_chunk + chunk + at + i),
+                                             .data = (const uint8_t *)data + (at + i) * BN_CHUNK_SIZE};
+        int r = bn_pack_writer_add_batch(s->env->writer, items, n, err);
+        if (r < 0)
+            return r;
+        at += n;
+    }
+    if (s->env->rate)
+        bn_rate_pass(s->env->rate, nchunks * BN_CHUNK_SIZE);
+    return 0;
+}
+
+int bn_sending_start(struct bn_sending *s, struct bn_copy **job, struct bn_error *err)
+{
+    struct bn_copy_spec spec = {.mode = BN_COPY_OUT,
+                                .set = s->part->set,
+                                .extents = s->extents,
+                                .nextents = s->nextents,
+                                .consume = consume,
+                                .arg = s,
+                                .workers = s->env->rate && s->env->rate->per_second ? 1 : 0};
+    return bn_copy_start(s->env->copier, &spec, job, err);
+}
+
+int bn_sending_settle(struct bn_sending *s, struct bn_error *err)
+{
+    for (size_t i = 0; s->hashes && i < s->n; i++) {
+        if (s->known[i])
+            continue;
+        int r = bn_pack_writer_place(s->env->writer, (uint32_t)(s->part->image_chunk + i), &s->hashes[i]);
+        if (r < 0)
+            return bn_error_set(err, r, "copy-out", "cannot note a chunk: %s", strerror(-r));
+        if (r == 0)
+            return bn_error_set(err, EIO, "copy-out",
+                                "chunk %zu of GPU memory arrived with other bytes than were hashed on GPU %u "
+                                "(%s): try again, and if it happens again suspect that GPU or its link",
+                                i, s->part->dev, bn_gpu_info(s->env->gpu, s->part->dev)->name);
+    }
+    return 0;
+}
+
+void bn_sending_free(struct bn_sending *s)
+{
+    if (!s)
+        return;
+    free(s->hashes);
+    free(s->known);
+    free(s->extents);
+    free(s);
+}
