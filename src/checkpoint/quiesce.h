@@ -20,6 +20,10 @@ struct bn_env {
     unsigned lock_timeout_ms; /* for the driver's lock of one process */
     struct bn_guard *guard;   /* keeps what must outlive the daemon; NULL: nobody does */
     const char *spool;        /* folder of the disk tier's folders */
+    /* Before `bytes` more are held in a tier (BN_TIER_…; on GPU `dev`): keep to its budget, by moving others down. 0: there is room,
+     * or more than before; negative: there is none, with a text that says which budget and what to do. NULL: no budgets. In
+     * the thread of the suspend. */
+    int (*room)(struct bn_env *env, uint32_t tier, unsigned dev, uint64_t bytes, struct bn_error *err);
     const char *kill_at; /* tests: "STEP:begin", "STEP:one" or "STEP:end" at which to be killed, or NULL */
 };
 

@@ -2,6 +2,7 @@
 
 #include "base/cleanup.h"
 #include "base/io.h"
+#include "checkpoint/cold.h"
 #include "checkpoint/record.h"
 #include "checkpoint/suspend_internal.h"
 #include "checkpoint/tier.h"
@@ -17,7 +18,7 @@ static struct bn_suspended *of(struct bn_quiesce *q)
 static int start_saving(struct bn_quiesce *q, struct bn_error *err)
 {
     struct bn_suspended *s = of(q);
-    int r = s->tier->save ? s->tier->save(s, err) : 0;
+    int r = s->tier->save(s, err);
     if (r < 0)
         bn_tier_undo(s, s->tier);
     return r;
@@ -173,6 +174,38 @@ int bn_resume(struct bn_suspended **sp, struct bn_report *report, struct bn_erro
     return 0;
 }
 
+int bn_suspended_move(struct bn_suspended *s, uint32_t tier, const bool *cancel, struct bn_error *err)
+{
+    const struct bn_tier *to = bn_tier_find(tier);
+    if (s->giving)
+        return bn_error_set(err, EBUSY, "move", "process %d is being brought back", s->q.root);
+    int r = s->look ? bn_recover_look(s, err) : 0;
+    if (r < 0)
+        return r;
+    struct bn_report *report = s->q.report = bn_report_new();
+    bn_kill_point(s->q.env, "move", "begin");
+    r = report ? to->save(s, err) : bn_error_set(err, ENOMEM, "move", "out of memory");
+    if (r == 0)
+        r = to->saved(s, cancel, err);
+    bn_kill_point(s->q.env, "move", "one");
+    if (r < 0) {
+        bn_copies_cancel(&s->copies, &s->q);
+        bn_tier_undo(s, to);
+    } else {
+        /* Should this fail, some records name the new place already: then the bytes stay in both. */
+        r = bn_records_put(&s->q, BN_STAGE_SUSPENDED, err);
+    }
+    bn_kill_point(s->q.env, "moved", "begin");
+    if (r == 0) {
+        bn_tier_keep(s, to);
+        s->tier = to;
+    }
+    s->q.report = NULL;
+    bn_report_unref(report);
+    bn_kill_point(s->q.env, "moved", "end");
+    return r;
+}
+
 void bn_suspended_free(struct bn_suspended *s)
 {
     if (!s)
@@ -208,6 +241,32 @@ uint64_t bn_suspended_bytes(const struct bn_target *t, uint32_t tier)
         bytes += has && has->id == tier ? t->parts[p].bytes : 0;
     }
     return bytes;
+}
+
+void bn_suspended_usage(const struct bn_suspended *s, struct bn_usage *usage)
+{
+    const struct bn_cold *cold = NULL;
+    *usage = (struct bn_usage){0};
+    for (size_t i = 0; i < s->q.targets.n; i++)
+        for (size_t p = 0; p < s->q.targets.v[i].nparts; p++) {
+            const struct bn_target_part *part = &s->q.targets.v[i].parts[p];
+            if (part->set && part->dev < BN_USAGE_GPUS)
+                usage->gpu[part->dev] += part->bytes;
+            usage->host += part->mem || part->old ? part->bytes : 0;
+            if (part->cold && part->cold != cold)
+                usage->disk += bn_cold_stored(part->cold);
+            cold = part->cold ? part->cold : cold;
+        }
+}
+
+bool bn_suspended_movable(const struct bn_suspended *s)
+{
+    return !s->giving;
+}
+
+uint64_t bn_suspended_used(const struct bn_suspended *s)
+{
+    return s->used_ns;
 }
 
 uint32_t bn_suspended_tier(const struct bn_suspended *s)

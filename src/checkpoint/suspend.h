@@ -16,6 +16,10 @@ int bn_suspend(struct bn_env *env, pid_t root, uint32_t tier, unsigned flags, st
  * NULL; on other failures what could be brought back runs, and the object is kept. */
 int bn_resume(struct bn_suspended **s, struct bn_report *report, struct bn_error *err);
 
+/* The bytes of a suspended tree to another tier. *cancel (may be NULL) set by another thread ends it. On failure they are where they
+ * were. -EBUSY: it is on its way up. */
+int bn_suspended_move(struct bn_suspended *s, uint32_t tier, const bool *cancel, struct bn_error *err);
+
 /* For a way up that failed: takes q's targets over, for bn_resume to try again. NULL: there is nothing to try (or no memory). */
 struct bn_suspended *bn_suspended_take(struct bn_quiesce *q);
 
@@ -29,5 +33,17 @@ bool bn_suspended_dead(const struct bn_suspended *s);
 
 /* How many bytes of one of its processes are in a tier (BN_TIER_…). */
 uint64_t bn_suspended_bytes(const struct bn_target *t, uint32_t tier);
+/* What it takes in each tier; of GPUs beyond the last of these nothing is known. */
+#define BN_USAGE_GPUS 64u
+struct bn_usage {
+    uint64_t gpu[BN_USAGE_GPUS];
+    uint64_t host;
+    uint64_t disk; /* as stored */
+};
+void bn_suspended_usage(const struct bn_suspended *s, struct bn_usage *usage);
+/* May it be moved: is nothing of it given back yet? */
+bool bn_suspended_movable(const struct bn_suspended *s);
+/* When it was suspended, or a resume last tried (bn_now_ns). */
+uint64_t bn_suspended_used(const struct bn_suspended *s);
 /* The tier that it was suspended to, or moved to since. */
 uint32_t bn_suspended_tier(const struct bn_suspended *s);

@@ -33,9 +33,14 @@ static int host_save_part(struct bn_quiesce *q, struct bn_target *t, struct bn_t
     (void)t, (void)arg;
     if (host_has(part))
         return 0;
-    int r = bn_mem_alloc(q->env->pool, part->bytes, &part->mem, err);
+    struct bn_env *env = q->env;
+    struct bn_error why = BN_ERROR_INIT;
+    int r;
+    while ((r = bn_mem_alloc(env->pool, part->bytes, &part->mem, &why)) == -ENOMEM)
+        if (!env->room || env->room(env, BN_TIER_HOST, 0, part->bytes, NULL) < 0)
+            break;
     if (r < 0)
-        return r;
+        return bn_error_set(err, r, why.stage, "%s", why.text);
     struct bn_copy_spec spec = {.mode = BN_COPY_TO_HOST, .set = part->set, .mem = part->mem};
     return bn_copy_start(q->env->copier, &spec, job, err);
 }
@@ -130,7 +135,14 @@ static int disk_save(struct bn_suspended *s, struct bn_error *err)
 {
     struct bn_manifest *m = NULL;
     struct bn_cold *cold = NULL;
+    struct bn_env *env = s->q.env;
     int r = bn_describe(&s->q, &m, err);
+    if (r == 0 && env->room)
+        r = env->room(env, BN_TIER_DISK, 0, bn_manifest_bytes(m), err);
+    if (r < 0) {
+        bn_manifest_free(m);
+        return r;
+    }
     if (r == 0)
         r = bn_cold_new(s->q.env->spool, s->q.root, m, &cold, err);
     if (r == 0)
@@ -215,6 +227,18 @@ static int disk_load(struct bn_quiesce *q, struct bn_target *t, struct bn_target
 
 /* ---- gpu: the sets stay as they are ---- */
 
+static int gpu_save(struct bn_suspended *s, struct bn_error *err)
+{
+    struct bn_env *env = s->q.env;
+    struct bn_usage usage;
+    bn_suspended_usage(s, &usage);
+    int r = 0;
+    for (unsigned dev = 0; dev < BN_USAGE_GPUS && env->room && r == 0; dev++)
+        if (usage.gpu[dev])
+            r = env->room(env, BN_TIER_GPU, dev, usage.gpu[dev], err);
+    return r;
+}
+
 static bool gpu_has(const struct bn_target_part *part)
 {
     return part->set;
@@ -232,7 +256,7 @@ static void gpu_drop(struct bn_target_part *part)
 static const struct bn_tier tiers[] = {
     {BN_TIER_HOST, host_has, host_drop, host_save, host_saved, host_load},
     {BN_TIER_DISK, disk_has, disk_drop, disk_save, disk_saved, disk_load},
-    {BN_TIER_GPU, gpu_has, gpu_drop, NULL, NULL, NULL},
+    {BN_TIER_GPU, gpu_has, gpu_drop, gpu_save, NULL, NULL},
 };
 
 const struct bn_tier *bn_tier_find(uint32_t id)

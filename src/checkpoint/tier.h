@@ -14,7 +14,7 @@ struct bn_tier {
     /* The bytes of this part are here and are what counts: asked in the table's order. */
     bool (*has)(const struct bn_target_part *part);
     void (*drop)(struct bn_target_part *part);
-    /* Begin bringing every part's bytes here, from its set or from the tier above; NULL: nothing is copied. */
+    /* Begin bringing every part's bytes here, from its set or from the tier above. */
     int (*save)(struct bn_suspended *s, struct bn_error *err);
     /* Wait until they are here. *cancel (may be NULL) set by another thread ends it. NULL: they are. */
     int (*saved)(struct bn_suspended *s, const bool *cancel, struct bn_error *err);

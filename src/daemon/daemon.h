@@ -13,13 +13,23 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+/* One process of a suspended tree, as it was when nobody worked on the tree. */
+struct held {
+    pid_t pid;
+    uint64_t bytes[BN_TIERS]; /* in each tier */
+};
+
 struct suspended_entry {
     struct bn_suspended *s; /* NULL while a request works on it */
     pid_t root;
-    bool watched;    /* the event loop has its pidfds */
-    bool recovering; /* the request is our own: an earlier worker was killed */
-    pid_t *pids;     /* of these, while it does */
-    size_t npids;
+    bool watched;          /* the event loop has its pidfds */
+    bool recovering;       /* the request is our own: an earlier worker was killed */
+    bool moving, stop;     /* the request is our own: to another tier; it shall end */
+    unsigned failed_round; /* room.c: of those who wanted room, the last for whom it could not be moved */
+    uint32_t tier;
+    struct bn_usage usage;
+    struct held *held;
+    size_t nheld;
     struct suspended_entry *next;
 };
 
@@ -47,6 +57,9 @@ struct daemon {
     const char *driver;     /* path, or NULL: the system's */
     const char *spool;      /* folder of the disk tier */
     uint64_t host_limit;    /* bytes of pinned host memory */
+    uint64_t gpu_budget;    /* bytes of suspended memory on each GPU; 0: no limit */
+    uint64_t disk_budget;   /* bytes in the spool; 0: no limit */
+    unsigned rounds;        /* room.c */
     uint64_t hashless;      /* GPUs that were said to be unfit for hashing: a bit for each */
     struct bn_error no_gpu; /* set: why the driver could not be opened; every request is answered with it */
 
@@ -91,8 +104,10 @@ struct bn_report *bn_awaited(struct daemon *d, struct awaited *a, unsigned timeo
 void bn_await_end(struct daemon *d, struct awaited *a);
 
 int bn_keep_suspended(struct daemon *d, struct bn_suspended *s);
+/* Its process `pid`, or NULL. With d->lock. */
+const struct held *bn_held(const struct suspended_entry *e, pid_t pid);
 /* Take the suspended tree that `pid` belongs to out of its entry, for a request to work on; give it back, or drop the
- * entry (s NULL). -ENOENT, -EBUSY (another request has it). */
+ * entry (s NULL). A move to another tier ends for it. -ENOENT, -EBUSY (another request has it). */
 int bn_take_suspended(struct daemon *d, pid_t pid, struct suspended_entry **e, struct bn_suspended **s);
 void bn_return_suspended(struct daemon *d, struct suspended_entry *e, struct bn_suspended *s);
 /* Free those whose processes are all gone. */
@@ -103,6 +118,15 @@ unsigned bn_resume_all(struct daemon *d);
 /* An entry for a tree that is being brought back; to be given to bn_return_suspended. NULL: out of memory. */
 struct suspended_entry *bn_enter_recovering(struct daemon *d, const struct bn_suspended *s);
 bool bn_is_recovering(struct daemon *d, pid_t pid);
+
+/* ---- budgets (room.c) ---- */
+
+/* bn_env's room. */
+int bn_make_room(struct bn_env *env, uint32_t tier, unsigned dev, uint64_t bytes, struct bn_error *err);
+/* After a tree was added: two that were suspended at the same time may be too much together. */
+void bn_keep_budgets(struct daemon *d);
+/* Move one tree out of the memory of a GPU that `where` has something on (NULL: of any). False: there is none. */
+bool bn_let_go(struct daemon *d, const struct bn_usage *where);
 
 /* ---- recovery (recover.c) ---- */
 

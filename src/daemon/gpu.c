@@ -13,6 +13,7 @@ int bn_daemon_open_gpu(struct daemon *d, struct bn_error *err)
     env->gate_timeout_ms = GATE_TIMEOUT_MS;
     env->lock_timeout_ms = LOCK_TIMEOUT_MS;
     env->spool = d->spool;
+    env->room = bn_make_room;
     int r = bn_gpu_open(d->driver, &env->gpu, err);
     if (r == 0)
         r = bn_pool_new(env->gpu, &(struct bn_pool_config){.limit = d->host_limit}, &env->pool, err);

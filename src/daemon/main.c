@@ -28,7 +28,7 @@ struct options {
     const char *rundir;
     const char *driver;
     const char *spool;
-    uint64_t host_limit;
+    uint64_t host_limit, gpu_budget, disk_budget;
     int private_fd;
     bool worker;
     int keeper_fd, listen_fd; /* a worker's */
@@ -40,6 +40,8 @@ static const char usage_text[] =
     "      --rundir DIR        folder of the socket (default " BENNU_RUNDIR ", or BENNU_RUNDIR)\n"
     "      --driver PATH       libcuda.so.1 to use (default: the system's, or BENNU_DRIVER)\n"
     "      --host-limit BYTES  most pinned host memory to use, with K, M, G or T (default: no limit)\n"
+    "      --gpu-budget BYTES  most suspended memory to leave on each GPU (default: no limit)\n"
+    "      --disk-budget BYTES most suspended memory to have on the disk (default: no limit)\n"
     "      --spool DIR         folder for what is suspended to the disk (default /var/lib/bennu/spool; with "
     "another\n"
     "                          run folder: spool in that)\n"
@@ -160,6 +162,7 @@ static int on_wake(sd_event_source *source, int fd, uint32_t revents, void *arg)
     struct daemon *d = arg;
     eventfd_t n;
     eventfd_read(fd, &n);
+    bn_reap_suspended(d); /* those that ended while somebody worked on their tree */
     pthread_mutex_lock(&d->lock);
     for (struct suspended_entry *e = d->suspended; e; e = e->next) {
         if (e->watched || !e->s)
@@ -281,11 +284,13 @@ static const char *default_spool(const char *rundir)
 
 static int parse_options(int argc, char **argv, struct options *o)
 {
-    enum { RUNDIR = 256, DRIVER, SPOOL, HOST_LIMIT, PRIVATE, WORKER, HELP, VERSION };
+    enum { RUNDIR = 256, DRIVER, SPOOL, HOST_LIMIT, GPU_BUDGET, DISK_BUDGET, PRIVATE, WORKER, HELP, VERSION };
     static const struct option longs[] = {{"rundir", required_argument, NULL, RUNDIR},
                                           {"driver", required_argument, NULL, DRIVER},
                                           {"spool", required_argument, NULL, SPOOL},
                                           {"host-limit", required_argument, NULL, HOST_LIMIT},
+                                          {"gpu-budget", required_argument, NULL, GPU_BUDGET},
+                                          {"disk-budget", required_argument, NULL, DISK_BUDGET},
                                           {"private", required_argument, NULL, PRIVATE},
                                           {"worker", required_argument, NULL, WORKER},
                                           {"help", no_argument, NULL, HELP},
@@ -296,6 +301,7 @@ static int parse_options(int argc, char **argv, struct options *o)
     if (!o->rundir)
         o->rundir = BENNU_RUNDIR;
     for (int c; (c = getopt_long(argc, argv, "", longs, NULL)) != -1;) {
+        uint64_t *bytes = NULL;
         switch (c) {
         case RUNDIR: o->rundir = optarg; break;
         case DRIVER: o->driver = optarg; break;
@@ -304,14 +310,16 @@ static int parse_options(int argc, char **argv, struct options *o)
         case WORKER: /* by the keeper, after all other options */
             o->worker = sscanf(optarg, "%d,%d,%d", &o->keeper_fd, &o->listen_fd, &o->private_fd) == 3;
             break;
-        case HOST_LIMIT:
-            if (parse_bytes(optarg, &o->host_limit))
-                break;
-            fprintf(stderr, "bennud: '%s' is no size: give bytes, or a number with K, M, G or T\n", optarg);
-            return 2;
+        case HOST_LIMIT: bytes = &o->host_limit; break;
+        case GPU_BUDGET: bytes = &o->gpu_budget; break;
+        case DISK_BUDGET: bytes = &o->disk_budget; break;
         case HELP: fputs(usage_text, stdout); return 0;
         case VERSION: puts("bennud " BENNU_VERSION); return 0;
         default: fputs("Try 'bennud --help'.\n", stderr); return 2;
+        }
+        if (bytes && !parse_bytes(optarg, bytes)) {
+            fprintf(stderr, "bennud: '%s' is no size: give bytes, or a number with K, M, G or T\n", optarg);
+            return 2;
         }
     }
     if (optind < argc) {
@@ -418,6 +426,8 @@ static int be_worker(const struct options *o)
     struct daemon d = {.driver = o->driver && *o->driver ? o->driver : NULL,
                        .spool = o->spool,
                        .host_limit = o->host_limit,
+                       .gpu_budget = o->gpu_budget,
+                       .disk_budget = o->disk_budget,
                        .lock = PTHREAD_MUTEX_INITIALIZER,
                        .wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
     pthread_condattr_t attr;

@@ -12,15 +12,14 @@ static void look_suspended(struct daemon *d, pid_t pid, struct bn_ps_entry *out)
 {
     pthread_mutex_lock(&d->lock);
     for (struct suspended_entry *e = d->suspended; e; e = e->next) {
-        ssize_t i = e->s ? bn_targets_index(bn_suspended_targets(e->s), pid) : -1;
-        if (i < 0)
+        const struct held *held = bn_held(e, pid);
+        if (!held)
             continue;
-        const struct bn_target *t = &bn_suspended_targets(e->s)->v[i];
-        out->state = BN_PS_SUSPENDED;
-        out->tier = bn_suspended_tier(e->s);
-        out->gpu_bytes = bn_suspended_bytes(t, BN_TIER_GPU);
-        out->host_bytes = bn_suspended_bytes(t, BN_TIER_HOST);
-        out->disk_bytes = bn_suspended_bytes(t, BN_TIER_DISK);
+        out->state = e->s || e->moving ? BN_PS_SUSPENDED : BN_PS_RESTORING;
+        out->tier = e->tier;
+        out->gpu_bytes = held->bytes[BN_TIER_GPU];
+        out->host_bytes = held->bytes[BN_TIER_HOST];
+        out->disk_bytes = held->bytes[BN_TIER_DISK];
         break;
     }
     pthread_mutex_unlock(&d->lock);

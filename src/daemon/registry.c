@@ -128,25 +128,47 @@ void bn_await_end(struct daemon *d, struct awaited *a)
 
 static void entry_free(struct suspended_entry *e)
 {
-    free(e->pids);
+    free(e->held);
     free(e);
 }
 
-static bool works_on(const struct suspended_entry *e, pid_t pid)
+/* Note what the tree has: for those who ask while somebody works on it. */
+static int note(struct suspended_entry *e, const struct bn_suspended *s)
 {
-    for (size_t i = 0; e->recovering && i < e->npids; i++)
-        if (e->pids[i] == pid)
-            return true;
-    return false;
+    const struct bn_targets *t = bn_suspended_targets(s);
+    struct held *held = calloc(t->n ? t->n : 1, sizeof(*held));
+    if (!held)
+        return -ENOMEM;
+    for (size_t i = 0; i < t->n; i++) {
+        held[i].pid = t->v[i].pid;
+        for (uint32_t tier = 1; tier < BN_TIERS; tier++)
+            held[i].bytes[tier] = bn_suspended_bytes(&t->v[i], tier);
+    }
+    free(e->held);
+    e->held = held;
+    e->nheld = t->n;
+    e->root = bn_suspended_root(s);
+    e->tier = bn_suspended_tier(s);
+    bn_suspended_usage(s, &e->usage);
+    return 0;
+}
+
+const struct held *bn_held(const struct suspended_entry *e, pid_t pid)
+{
+    for (size_t i = 0; i < e->nheld; i++)
+        if (e->held[i].pid == pid)
+            return &e->held[i];
+    return NULL;
 }
 
 int bn_keep_suspended(struct daemon *d, struct bn_suspended *s)
 {
     struct suspended_entry *e = calloc(1, sizeof(*e));
-    if (!e)
+    if (!e || note(e, s) < 0) {
+        free(e);
         return -ENOMEM;
+    }
     e->s = s;
-    e->root = bn_suspended_root(s);
     pthread_mutex_lock(&d->lock);
     e->next = d->suspended;
     d->suspended = e;
@@ -158,16 +180,21 @@ int bn_keep_suspended(struct daemon *d, struct bn_suspended *s)
 int bn_take_suspended(struct daemon *d, pid_t pid, struct suspended_entry **out, struct bn_suspended **s)
 {
     int r = -ENOENT;
+    struct suspended_entry *e;
     pthread_mutex_lock(&d->lock);
-    for (struct suspended_entry *e = d->suspended; e; e = e->next) {
-        if (e->root != pid && !works_on(e, pid) &&
-            !(e->s && bn_targets_index(bn_suspended_targets(e->s), pid) >= 0))
-            continue;
+    for (;;) { /* the entry may be gone, or another request's, when a move has ended */
+        for (e = d->suspended; e && e->root != pid && !bn_held(e, pid);)
+            e = e->next;
+        if (!e || !e->moving)
+            break;
+        __atomic_store_n(&e->stop, true, __ATOMIC_RELAXED);
+        pthread_cond_wait(&d->published_changed, &d->lock);
+    }
+    if (e) {
         r = e->s ? 0 : -EBUSY;
         *out = e;
         *s = e->s;
         e->s = NULL;
-        break;
     }
     pthread_mutex_unlock(&d->lock);
     return r;
@@ -175,18 +202,12 @@ int bn_take_suspended(struct daemon *d, pid_t pid, struct suspended_entry **out,
 
 struct suspended_entry *bn_enter_recovering(struct daemon *d, const struct bn_suspended *s)
 {
-    const struct bn_targets *t = bn_suspended_targets(s);
     struct suspended_entry *e = calloc(1, sizeof(*e));
-    pid_t *pids = calloc(t->n, sizeof(*pids));
-    if (!e || !pids) {
+    if (!e || note(e, s) < 0) {
         free(e);
-        free(pids);
         return NULL;
     }
-    for (size_t i = 0; i < t->n; i++)
-        pids[i] = t->v[i].pid;
-    *e = (struct suspended_entry){
-        .root = bn_suspended_root(s), .recovering = true, .pids = pids, .npids = t->n};
+    e->recovering = true;
     pthread_mutex_lock(&d->lock);
     e->next = d->suspended;
     d->suspended = e;
@@ -199,7 +220,7 @@ bool bn_is_recovering(struct daemon *d, pid_t pid)
     bool found = false;
     pthread_mutex_lock(&d->lock);
     for (struct suspended_entry *e = d->suspended; e && !found; e = e->next)
-        found = works_on(e, pid);
+        found = e->recovering && bn_held(e, pid);
     pthread_mutex_unlock(&d->lock);
     return found;
 }
@@ -208,7 +229,10 @@ void bn_return_suspended(struct daemon *d, struct suspended_entry *e, struct bn_
 {
     pthread_mutex_lock(&d->lock);
     e->s = s;
-    e->recovering = false;
+    e->recovering = e->moving = false;
+    if (s)
+        (void)!note(e, s); /* at worst what is said of it is old */
+    pthread_cond_broadcast(&d->published_changed);
     if (!s) {
         for (struct suspended_entry **at = &d->suspended; *at; at = &(*at)->next)
             if (*at == e) {
@@ -260,7 +284,7 @@ static bool touches(const struct suspended_entry *e, const pid_t *tree, size_t n
     if (contains(tree, n, e->root))
         return true;
     for (size_t i = 0; i < n; i++)
-        if (works_on(e, tree[i]) || (e->s && bn_targets_index(bn_suspended_targets(e->s), tree[i]) >= 0))
+        if (bn_held(e, tree[i]))
             return true;
     return false;
 }
@@ -272,11 +296,12 @@ int bn_tree_is_free(struct daemon *d, const struct bn_report *own, const pid_t *
     pthread_mutex_lock(&d->lock);
     for (struct suspended_entry *e = d->suspended; e && r == 0; e = e->next)
         if (touches(e, tree, n))
-            r = e->s ? bn_error_set(err, EALREADY, "session",
-                                    "process %d is suspended already: 'bennu resume %d' first", e->root,
-                                    e->root)
-                     : bn_error_set(err, EBUSY, "session",
-                                    "process %d is being brought back: try again when it runs", e->root);
+            r = e->s || e->moving
+                    ? bn_error_set(err, EALREADY, "session",
+                                   "process %d is suspended already: 'bennu resume %d' first", e->root,
+                                   e->root)
+                    : bn_error_set(err, EBUSY, "session",
+                                   "process %d is being brought back: try again when it runs", e->root);
     struct published *p = d->published; /* the latest first */
     while (own && p && p->report != own)
         p = p->next;

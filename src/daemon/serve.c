@@ -281,10 +281,32 @@ static int on_suspend(struct client *c, struct request *rq, struct bn_writer *re
     } else if (bn_keep_suspended(c->d, s) < 0) {
         bn_resume(&s, c->report, NULL);
         r = bn_error_set(err, ENOMEM, "suspend", "out of memory");
+    } else {
+        bn_keep_budgets(c->d);
     }
     write_phases(c, reply);
     session_close(c, r < 0 ? err : NULL);
     return r;
+}
+
+/* What rests on the GPU makes way for what shall run there. */
+static int resume_in_room(struct client *c, struct bn_suspended **s, struct bn_error *err)
+{
+    const struct bn_targets *t = bn_suspended_targets(*s);
+    struct bn_usage where = {0};
+    bool somewhere = false;
+    for (size_t i = 0; i < t->n; i++)
+        for (size_t p = 0; p < t->v[i].nparts; p++)
+            if (t->v[i].parts[p].dev < BN_USAGE_GPUS) {
+                where.gpu[t->v[i].parts[p].dev] = 1;
+                somewhere = true;
+            }
+    for (;;) {
+        struct bn_error why = BN_ERROR_INIT;
+        int r = bn_resume(s, c->report, &why);
+        if (r != -ENOMEM || !*s || !bn_let_go(c->d, somewhere ? &where : NULL))
+            return r < 0 ? bn_error_set(err, r, why.stage, "%s", why.text) : 0;
+    }
 }
 
 static int on_resume(struct client *c, struct request *rq, struct bn_writer *reply, struct bn_error *err)
@@ -302,7 +324,7 @@ static int on_resume(struct client *c, struct request *rq, struct bn_writer *rep
     if (r == 0) {
         struct pump pump;
         pump_start(&pump, c, c->report, true);
-        r = bn_resume(&s, c->report, err);
+        r = resume_in_room(c, &s, err);
         pump_stop(&pump);
         write_phases(c, reply);
         session_close(c, r < 0 ? err : NULL);
@@ -425,10 +447,16 @@ static int on_restore_begin(struct client *c, struct request *rq, struct bn_writ
     int r = session_open(c, 0, rq->fd, err);
     if (r < 0)
         return r;
-    r = bn_restore_begin(&c->d->env, rq->fd, flags & BN_CTL_F_STOCK_IMAGE ? BN_RESTORE_STOCK : 0, c->report,
-                         &c->restore, err);
-    if (r < 0)
+    struct bn_error why;
+    do { /* what rests on the GPUs makes way */
+        why = (struct bn_error)BN_ERROR_INIT;
+        r = bn_restore_begin(&c->d->env, rq->fd, flags & BN_CTL_F_STOCK_IMAGE ? BN_RESTORE_STOCK : 0,
+                             c->report, &c->restore, &why);
+    } while (r == -ENOMEM && bn_let_go(c->d, NULL));
+    if (r < 0) {
+        bn_error_set(err, r, why.stage, "%s", why.text);
         session_close(c, err);
+    }
     bn_write_u32(reply, c->restore ? (uint32_t)bn_restore_count(c->restore) : 0);
     return r;
 }

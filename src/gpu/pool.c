@@ -342,8 +342,8 @@ static int ensure_free(struct bn_pool *pool, uint64_t bytes, struct bn_error *er
         if (bytes > pool->length - pool->used)
             return bn_error_set(err, ENOMEM, STAGE,
                                 "%llu MiB of pinned host memory are needed, and of the limit of %llu MiB "
-                                "%llu are in use. Raise "
-                                "the limit, or give back what is suspended.",
+                                "%llu are in use. Raise it (bennud's --host-limit), resume something, or "
+                                "suspend to the disk.",
                                 MIB(bytes), MIB(pool->length), MIB(pool->used));
         pool->growing = true;
         int r = grow(pool, bytes - (pool->registered - pool->used), err);

@@ -10,7 +10,7 @@ TIERS = ("gpu", "host", "disk")
 MIB = 1 << 20
 
 
-class Tiers(Case):
+class TierCase(Case):
     def state(self, pid):
         found = [p for p in self.ok_json("ps")["processes"] if p["pid"] == pid]
         self.assertEqual(len(found), 1)
@@ -29,6 +29,11 @@ class Tiers(Case):
     def packs(self):
         return [os.path.join(folder, name) for folder in self.spool() for name in os.listdir(folder) if "pack" in name]
 
+    def tier(self, program):
+        return self.bytes_in(program.pid)[0]
+
+
+class Tiers(TierCase):
     def cycle(self, program, tier):
         self.ok("suspend", "--to", tier, program.pid)
         self.assertEqual(self.state(program.pid)["tier"], tier)
@@ -143,6 +148,102 @@ class Tiers(Case):
         done = self.bennu(*args)
         self.assertEqual(done.returncode, 2)
         self.assertIn("gpu, host and disk", done.stderr)
+
+
+class Budgets(TierCase):
+    """Who was used least recently is moved down a tier when another needs the room."""
+
+    sim = {"BENNU_SIM_STATE_MB": "1", "BENNU_SIM_MEMORY": "1G"}
+
+    def hold(self, mib=40):
+        return self.start(ODD, "hold", mib)
+
+    def go_on(self, *programs):
+        for program in programs:
+            self.ok("resume", program.pid)
+            program.go_on()
+        self.assertEqual(self.spool(), [])
+
+    def test_gpu(self):
+        self.start_daemon("--gpu-budget", "100M")
+        first, second, third = self.hold(), self.hold(), self.hold()
+        for program in (first, second):
+            self.ok("suspend", "--to", "gpu", program.pid)
+        self.assertEqual([self.tier(p) for p in (first, second)], ["gpu", "gpu"])
+        self.ok("suspend", "--to", "gpu", third.pid)
+        self.assertEqual([self.tier(p) for p in (first, second, third)], ["host", "gpu", "gpu"])
+        self.go_on(first, second, third)
+
+    def test_one_that_was_resumed_is_younger(self):
+        self.start_daemon("--gpu-budget", "100M")
+        first, second, third = self.hold(), self.hold(), self.hold()
+        for program in (first, second):
+            self.ok("suspend", "--to", "gpu", program.pid)
+        self.go_on(first)
+        for program in (first, third):
+            self.ok("suspend", "--to", "gpu", program.pid)
+        self.assertEqual([self.tier(p) for p in (first, second, third)], ["gpu", "host", "gpu"])
+        self.go_on(first, second, third)
+
+    def test_host(self):
+        self.start_daemon("--host-limit", "100M")
+        programs = [self.hold() for _ in range(4)]
+        for program in programs:
+            self.ok("suspend", program.pid)
+        self.assertEqual([self.tier(p) for p in programs], ["disk", "disk", "host", "host"])
+        self.go_on(*programs)
+
+    def test_all_of_them(self):
+        self.start_daemon("--gpu-budget", "50M", "--host-limit", "50M")
+        programs = [self.hold(), self.tree(), self.memcheck(agent=False), self.hold(), self.hold()]
+        for program in programs:
+            self.ok("suspend", "--to", "gpu", program.pid)
+        self.assertEqual([self.tier(p) for p in programs[-2:]], ["host", "gpu"])
+        self.assertEqual(self.tier(programs[0]), "disk")
+        self.go_on(*programs)
+
+    def test_more_than_there_is(self):
+        self.start_daemon("--gpu-budget", "20M", "--host-limit", "20M", "--disk-budget", "2M")
+        first, program = self.start(ODD, "hold", 6), self.memcheck("--min=5M", "--allocs=12", "--max=6M")
+        self.ok("suspend", "--to", "gpu", first.pid)
+        self.refused(1, "suspend", "--to", "gpu", program.pid, says=("--gpu-budget", "20 MiB"))
+        self.refused(1, "suspend", program.pid, says="--host-limit")
+        self.refused(1, "suspend", "--to", "disk", program.pid, says=("--disk-budget", "2 MiB"))
+        program.go_on()
+        self.assertEqual(self.tier(first), "gpu")
+        self.go_on(first)
+
+    def test_what_rests_makes_way_for_what_runs(self):
+        self.start_daemon()
+        rests, runs = self.hold(500), self.hold(400)
+        self.ok("suspend", "--to", "host", runs.pid)
+        self.ok("suspend", "--to", "gpu", rests.pid)
+        other = self.hold(400)
+        self.ok("resume", runs.pid)
+        runs.go_on()
+        self.assertEqual(self.tier(rests), "host")
+        other.kill()
+        runs.kill()
+        self.go_on(rests)
+
+    def test_a_restore_finds_room(self):
+        self.start_daemon()
+        rests, program = self.hold(500), self.hold(400)
+        self.ok("suspend", "--to", "gpu", rests.pid)
+        self.dump(program)
+        other = self.hold(400)
+        self.restore(program)
+        program.go_on()
+        self.assertEqual(self.tier(rests), "host")
+        for p in (program, other):
+            p.kill()
+        self.go_on(rests)
+
+    def test_sizes(self):
+        for option in ("--gpu-budget", "--disk-budget", "--host-limit"):
+            done = self.run_command([harness.BENNUD, option, "much"])
+            self.assertEqual(done.returncode, 2)
+            self.assertIn("'much'", done.stderr)
 
 
 if __name__ == "__main__":

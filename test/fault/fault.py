@@ -134,7 +134,7 @@ class Application:
 
 
 class Daemon:
-    def __init__(self, case, kill=None):
+    def __init__(self, case, kill=None, *args):
         self.case = case
         self.rundir = case.path("run")
         env = dict(case.env)
@@ -146,7 +146,7 @@ class Daemon:
             log.flush()
             if case.daemon:
                 case.daemon.end()  # of a point at which something went wrong
-            self.popen = subprocess.Popen([BENNUD], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.popen = subprocess.Popen([BENNUD, *args], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.first = self.wait_worker()
         self.wait_ready()
 

@@ -117,6 +117,25 @@ class Suspend(FaultTest):
         self.cycle()
         self.stop()
 
+    def test_moves(self):
+        """Killed while one tree makes room for another: both are whole."""
+        fault.os.mkdir(self.path("other"))
+        other = Application(self.path("other"), self.env)
+        self.addCleanup(fault.vanish, other.pid)
+        points = [("gpu", "--gpu-budget", point) for point in ("move:begin", "move:one", "moved:begin", "moved:end")]
+        points += [("host", "--host-limit", point) for point in ("move:one", "moved:begin")]
+        for tier, budget, point in points:
+            with self.subTest(tier=tier, point=point):
+                self.daemon = Daemon(self, point, budget, "60M")
+                self.succeeds("suspend", "--to", tier, other.pid)
+                self.assertNotEqual(self.bennu("suspend", "--to", tier, self.app.pid).returncode, 0)
+                self.daemon.wait_killed()
+                self.wait_state("running", "no agent")
+                self.app.go_on()
+                self.succeeds("resume", other.pid)
+                other.go_on()
+                self.stop()
+
     def test_ends_while_the_daemon_is_down_on_disk(self):
         self.daemon = Daemon(self)
         self.succeeds("suspend", "--to", "disk", self.app.pid)

@@ -151,7 +151,7 @@ class Install(unittest.TestCase):
         rundir = OPTIONS["rundir"]
         self.assertIn(f"\nListenSequentialPacket={rundir}/bennud.sock\n", socket)
         self.assertIn("\nSocketMode=0600\n", socket)
-        self.assertIn(f"\nExecStart={DAEMON}\n", service)
+        self.assertIn(f"\nExecStart={DAEMON} $BENNUD_OPTIONS\n", service)
         for unit in (socket, service):
             self.assertNotRegex(unit, r"@\w+@")
 

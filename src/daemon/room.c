@@ -1,0 +1,142 @@
+/* Budgets of the tiers: who is moved down when another needs the room. The one that was used least recently goes first, where "used"
+ * is its suspend or the last try to resume it. A tree that moves has its entry taken, as for any request; a resume that comes
+ * meanwhile ends the move.
+ */
+#include "daemon/daemon.h"
+
+#include "base/cleanup.h"
+
+#include <string.h>
+
+#define MIB(bytes) ((unsigned long long)((bytes) >> 20))
+#define ANY_GPU UINT32_MAX
+
+static uint64_t in_tier(const struct bn_usage *u, uint32_t tier, unsigned dev)
+{
+    if (tier == BN_TIER_HOST)
+        return u->host;
+    if (tier == BN_TIER_DISK)
+        return u->disk;
+    uint64_t bytes = 0;
+    for (unsigned g = 0; g < BN_USAGE_GPUS; g++)
+        bytes += dev == ANY_GPU || dev == g ? u->gpu[g] : 0;
+    return bytes;
+}
+
+/* Of all trees together; with d->lock. */
+static uint64_t used(const struct daemon *d, uint32_t tier, unsigned dev)
+{
+    uint64_t bytes = 0;
+    for (const struct suspended_entry *e = d->suspended; e; e = e->next)
+        bytes += in_tier(&e->usage, tier, dev);
+    return bytes;
+}
+
+/* Take the one in the tier that was used least recently, has not failed in this round, and may be moved. NULL: none. */
+static struct suspended_entry *take_oldest(struct daemon *d, uint32_t tier, unsigned dev, unsigned round,
+                                           struct bn_suspended **s)
+{
+    struct suspended_entry *oldest = NULL;
+    pthread_mutex_lock(&d->lock);
+    for (struct suspended_entry *e = d->suspended; e; e = e->next)
+        if (e->s && e->failed_round != round && in_tier(&e->usage, tier, dev) && bn_suspended_movable(e->s) &&
+            !bn_suspended_dead(e->s) && (!oldest || bn_suspended_used(e->s) < bn_suspended_used(oldest->s)))
+            oldest = e;
+    if (oldest) {
+        *s = oldest->s;
+        oldest->s = NULL;
+        oldest->moving = true;
+        oldest->stop = false;
+    }
+    pthread_mutex_unlock(&d->lock);
+    return oldest;
+}
+
+/* One tree from this tier to one below. False: there is none that can go. */
+static bool move_down(struct daemon *d, uint32_t tier, unsigned dev, unsigned round)
+{
+    static const uint32_t below[BN_TIERS][2] = {
+        [BN_TIER_GPU] = {BN_TIER_HOST, BN_TIER_DISK}, [BN_TIER_HOST] = {BN_TIER_DISK}};
+    struct suspended_entry *e;
+    struct bn_suspended *s;
+    while ((e = take_oldest(d, tier, dev, round, &s))) {
+        struct bn_error err = BN_ERROR_INIT;
+        int r = -ENOSPC;
+        for (unsigned i = 0; i < 2 && below[tier][i] && r < 0 && r != -ECANCELED; i++) {
+            err = (struct bn_error)BN_ERROR_INIT;
+            r = bn_suspended_move(s, below[tier][i], &e->stop, &err);
+        }
+        e->failed_round = r < 0 ? round : 0;
+        if (r < 0 && r != -ECANCELED)
+            fprintf(stderr, "bennud: cannot move the memory of process %d out of the way: %s\n",
+                    bn_suspended_root(s), err.text);
+        bn_return_suspended(d, e, s);
+        if (r == 0)
+            return true;
+    }
+    return false;
+}
+
+static unsigned new_round(struct daemon *d)
+{
+    return __atomic_add_fetch(&d->rounds, 1, __ATOMIC_RELAXED);
+}
+
+static uint64_t budget(const struct daemon *d, uint32_t tier)
+{
+    return tier == BN_TIER_GPU ? d->gpu_budget : tier == BN_TIER_DISK ? d->disk_budget : 0;
+}
+
+static int no_room(struct daemon *d, uint32_t tier, unsigned dev, uint64_t bytes, uint64_t have,
+                   struct bn_error *err)
+{
+    if (tier == BN_TIER_GPU)
+        return bn_error_set(err, ENOMEM, "budget",
+                            "%llu MiB are to stay on GPU %u, and of its budget of %llu MiB %llu are in use: "
+                            "suspend to the host, resume something, or raise bennud's --gpu-budget",
+                            MIB(bytes), dev, MIB(d->gpu_budget), MIB(have));
+    return bn_error_set(
+        err, ENOSPC, "budget",
+        "%llu MiB are to go to the disk, and of the budget of %llu MiB %llu are in use: resume "
+        "something, or raise bennud's --disk-budget",
+        MIB(bytes), MIB(d->disk_budget), MIB(have));
+}
+
+int bn_make_room(struct bn_env *env, uint32_t tier, unsigned dev, uint64_t bytes, struct bn_error *err)
+{
+    struct daemon *d = (struct daemon *)((char *)env - offsetof(struct daemon, env));
+    unsigned round = new_round(d);
+    if (tier == BN_TIER_HOST) /* the pool keeps to its limit, and has said that there is no room */
+        return move_down(d, tier, 0, round) ? 0 : bn_error_set(err, ENOMEM, "budget", "nothing can be moved");
+    uint64_t limit = budget(d, tier);
+    for (;;) {
+        pthread_mutex_lock(&d->lock);
+        uint64_t have = used(d, tier, dev);
+        pthread_mutex_unlock(&d->lock);
+        if (limit == 0 || (bytes <= limit && have <= limit - bytes))
+            return 0;
+        if (bytes > limit || !move_down(d, tier, dev, round))
+            return no_room(d, tier, dev, bytes, have, err);
+    }
+}
+
+void bn_keep_budgets(struct daemon *d)
+{
+    unsigned round = new_round(d);
+    for (unsigned dev = 0; d->gpu_budget && dev < bn_gpu_count(d->env.gpu) && dev < BN_USAGE_GPUS; dev++)
+        for (bool over = true; over;) {
+            pthread_mutex_lock(&d->lock);
+            over = used(d, BN_TIER_GPU, dev) > d->gpu_budget;
+            pthread_mutex_unlock(&d->lock);
+            over = over && move_down(d, BN_TIER_GPU, dev, round);
+        }
+}
+
+bool bn_let_go(struct daemon *d, const struct bn_usage *where)
+{
+    unsigned round = new_round(d);
+    for (unsigned dev = 0; where && dev < BN_USAGE_GPUS; dev++)
+        if (where->gpu[dev] && move_down(d, BN_TIER_GPU, dev, round))
+            return true;
+    return !where && move_down(d, BN_TIER_GPU, ANY_GPU, round);
+}
