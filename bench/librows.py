@@ -91,6 +91,8 @@ def targets(sizes):
     row("load", f"restore {load} from tmpfs / (max(CRIU, bytes / 50 GB/s) x 1.15 + driver restore)", "x", 1, "lower", load_bound,
         "load.restore", "load.driver", "load.empty.restore", "load.empty.driver")
     ratio("disk", "dump to disk: rate / the disk's O_DIRECT rate", 0.9, "higher", ["disk.dump_rate"], ["disk.write"])
+    ratio("disk", "writing packs: rate / the disk's O_DIRECT rate", 0.9, "higher", ["disk.packs_write"], ["disk.write"])
+    ratio("disk", "reading packs: rate / the disk's O_DIRECT rate", 0.9, "higher", ["disk.packs_read"], ["disk.read"])
     ratio("disk", "restore from disk: rate / the disk's O_DIRECT rate", 0.9, "higher", ["disk.restore_rate"], ["disk.read"])
     ratio("llm", "llm-server, first token, restored from page cache: times faster than cold start", 8, "higher", ["llm.cold"], ["llm.restored"])
     ratio("llm", "llm-server, first token, restored from page cache: times faster than driver path + CRIU", 4, "higher", ["llm.driver"],

@@ -282,6 +282,9 @@ class Steps:
         for which in ("write", "read"):
             rates = [float(x) for x in re.findall(rf"^{which} ([\d.]+) GB/s", out, re.M)]
             self.add(f"disk.{which}", f"disk, O_DIRECT {which}", rates, "GB/s", "higher", note)
+        for which, what in (("write", "writing packs"), ("read", "reading packs"), ("verify", "reading packs and hashing them on the CPU")):
+            rates = [float(x) for x in re.findall(rf"^packs-{which} ([\d.]+) GB/s", out, re.M)]
+            self.add(f"disk.packs_{which}", f"{what}, nothing in the page cache", rates, "GB/s", "higher", note)
         t.start_daemon()
         program = t.hold(s["disk"], s["block"])
         walls, rates, in_walls, in_rates = [], [], [], []
