@@ -122,6 +122,8 @@ bool cli_have_driver(void);
 int cli_daemon_connect(struct bn_error *err);
 /* Exit code for an error of the daemon's. */
 int cli_daemon_exit_code(const struct bn_error *err);
+/* True if `err`, of cli_watch_finish, says that nothing was heard of a session's end, not that it failed. */
+bool cli_daemon_silent(const struct bn_error *err);
 
 struct cli_watch;
 /* Follow the session that will act on `pid` (or, with pid 0, on the image directory `dirfd`), on a connection and a thread of its
@@ -131,6 +133,16 @@ int cli_watch_start(int sock, pid_t pid, int dirfd, struct cli_progress *progres
 /* Wait for the session's end and free the watch. `expected`: a session is known to exist. 0: it ended well and *phases is filled
  * (empty when there was no session); negative: its error, in *err. */
 int cli_watch_finish(struct cli_watch *w, bool expected, struct bn_phases *phases, struct bn_error *err);
+
+/* --- cancel.c --------------------------------------------------------------------------------------------------------------- */
+
+struct cli_cancel;
+/* From now on SIGINT, SIGTERM, SIGHUP and SIGQUIT do not end us but make Bennu's plugin fail CRIU. To be called while there is one
+ * thread, and before cli_ignore_signals. They stay blocked in that thread. NULL: out of memory or descriptors. */
+struct cli_cancel *cli_cancel_new(void);
+/* The first signal that came, or 0. All take NULL. */
+int cli_cancel_signal(const struct cli_cancel *c);
+int cli_cancel_free(struct cli_cancel *c);
 
 /* suspend.c: `type` is BN_CTL_SUSPEND or BN_CTL_RESUME; tier and flags are a suspend's. Returns the exit code. */
 int cli_suspend_or_resume(uint16_t type, pid_t pid, uint32_t tier, uint32_t flags, bool as_json, bool silent);

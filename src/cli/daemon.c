@@ -44,6 +44,12 @@ int cli_daemon_exit_code(const struct bn_error *err)
     }
 }
 
+bool cli_daemon_silent(const struct bn_error *err)
+{
+    /* What the daemon says has another stage. */
+    return bn_error_is_set(err) && strcmp(err->stage, "daemon") == 0;
+}
+
 static void on_event(void *arg, const struct bn_ctl_head *head, struct bn_reader *body)
 {
     struct cli_watch *w = arg;

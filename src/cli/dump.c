@@ -41,6 +41,7 @@ struct dump {
     struct bn_phases phases;
     uint64_t took;
     char log_kept[PATH_MAX], parent[PATH_MAX];
+    struct cli_cancel *cancel;
 };
 
 /* What the daemon would refuse in a dump of this tree. Returns an exit code. */
@@ -144,8 +145,20 @@ static void keep_log(struct dump *d)
         snprintf(d->log_kept, sizeof(d->log_kept), "%.*s.log", PATH_MAX - 8, d->dir.path);
 }
 
+/* By a signal: there is nothing to look into. */
+static int interrupted(struct dump *d, int sig, struct bn_error *err)
+{
+    cli_directory_discard(&d->dir);
+    *err = BN_ERROR_INIT;
+    bn_error_set(err, ECANCELED, "cancel", "interrupted: nothing was saved, and process %d goes on", d->pid);
+    return 128 + sig;
+}
+
 static int failed(struct dump *d, int exit_code, struct bn_error *err)
 {
+    int sig = cli_cancel_signal(d->cancel);
+    if (sig)
+        return interrupted(d, sig, err);
     keep_log(d);
     cli_directory_discard(&d->dir);
     if (*d->log_kept) {
@@ -272,9 +285,11 @@ static int dump(int argc, char **argv)
     bn_auto_fd sock = -1;
     if (cli_parse_pid(argv[0], &d.pid) < 0)
         return cli_usage("'%s' is not a process id", argv[0]);
+    d.cancel = cli_cancel_new();
     int code = prepare(&d, argv[1], &sock, &err);
     if (code == CLI_OK)
         code = checkpoint(&d, &sock, &err);
+    cli_cancel_free(d.cancel);
     if (code == CLI_OK)
         report(&d);
     else

@@ -40,6 +40,7 @@ struct restore {
     char work_path[64];
     struct bn_phases phases;
     uint64_t took;
+    int signal; /* that broke it off, or 0 */
 };
 
 static int open_image(struct restore *r, struct bn_error *err)
@@ -225,6 +226,48 @@ static sigset_t passed_signals(void)
     return set;
 }
 
+static void kill_restored(pid_t root)
+{
+    bn_auto_free pid_t *pids = NULL;
+    size_t n = 0;
+    bn_proc_tree(root, &pids, &n);
+    kill(root, SIGKILL);
+    for (size_t i = 0; i < n; i++)
+        kill(pids[i], SIGKILL);
+    if (!detach)
+        waitpid(root, NULL, 0);
+}
+
+/* What was made is ended again. A signal that came after CRIU's last step is for the program, if it is ours. */
+static pid_t interrupted(struct restore *r, int sig, pid_t pid, struct bn_error *err)
+{
+    if (pid > 0 && !detach) {
+        kill(getpid(), sig); /* blocked: wait_for_program passes it on */
+        return pid;
+    }
+    if (pid > 0)
+        kill_restored(pid);
+    r->signal = sig;
+    *err = BN_ERROR_INIT;
+    return bn_error_set(err, ECANCELED, "cancel",
+                        "interrupted: what was restored has been ended, and the checkpoint %s is as before",
+                        r->path);
+}
+
+/* Returns the root's pid, or what CRIU says. */
+static int run_criu(struct restore *r, struct cli_watch *watch, int *watched, struct bn_error *session)
+{
+    uint64_t began = bn_now_ns();
+    cli_hush_libcriu(true);
+    int pid = detach ? criu_restore() : criu_restore_child();
+    cli_hush_libcriu(false);
+    uint64_t criu_took = bn_now_ns() - began;
+    *watched = cli_watch_finish(watch, pid > 0 && r->manifest, &r->phases, session);
+    r->took = bn_now_ns() - began;
+    cli_add_phase(&r->phases, "CRIU, all of it", 0, criu_took);
+    return pid;
+}
+
 /* Returns the restored root's pid, or negative with *err set. */
 static pid_t bring_back(struct restore *r, int *sock, struct bn_error *err)
 {
@@ -235,34 +278,28 @@ static pid_t bring_back(struct restore *r, int *sock, struct bn_error *err)
         return -EIO;
     /* The program may run, and be seen to run, before CRIU and the daemon have told us: a signal for it from then on must reach it
      * when we can pass it on. One that is blocked stays pending though it is ignored. */
+    struct cli_cancel *cancel = cli_cancel_new();
     sigset_t held = passed_signals();
     if (!detach)
         sigprocmask(SIG_BLOCK, &held, NULL);
     cli_ignore_signals(true);
     struct cli_progress *progress = cli_progress_new("restore");
-    if (*sock >= 0 && cli_watch_start(BN_TAKE_FD(*sock), 0, r->dir, progress, &watch, err) < 0) {
-        cli_progress_free(progress);
-        return -EIO;
-    }
-    uint64_t began = bn_now_ns();
-    cli_hush_libcriu(true);
-    int pid = detach ? criu_restore() : criu_restore_child();
-    cli_hush_libcriu(false);
-    uint64_t criu_took = bn_now_ns() - began;
-    int watched = cli_watch_finish(watch, pid > 0 && r->manifest, &r->phases, &session);
-    r->took = bn_now_ns() - began;
+    int watched = 0, pid = -EIO;
+    if (*sock < 0 || cli_watch_start(BN_TAKE_FD(*sock), 0, r->dir, progress, &watch, err) == 0)
+        pid = run_criu(r, watch, &watched, &session);
     cli_progress_free(progress);
     criu_free_opts();
-    cli_add_phase(&r->phases, "CRIU, all of it", 0, criu_took);
-    if (pid > 0 && watched == 0)
+    int sig = cli_cancel_free(cancel);
+    if (sig)
+        return interrupted(r, sig, pid, err);
+    /* CRIU, with our plugin in it, has the last word: it does not succeed where the daemon failed, but a daemon may die right after
+     * its work is done. */
+    if (pid > 0 && (watched == 0 || cli_daemon_silent(&session)))
         return pid;
-    describe_failure(r, pid, watched < 0 ? &session : NULL, err);
-    if (pid > 0) {
-        /* Without its GPU memory it must not go on; the plugin ends the others of the tree. */
-        kill(pid, SIGKILL);
-        if (!detach)
-            waitpid(pid, NULL, 0);
-    }
+    if (!bn_error_is_set(err))
+        describe_failure(r, pid, watched < 0 ? &session : NULL, err);
+    if (pid > 0) /* without its GPU memory it must not go on */
+        kill_restored(pid);
     return -err->code;
 }
 
@@ -365,8 +402,8 @@ static int restore(int argc, char **argv)
     int code = prepare(&r, &sock, &err);
     if (code == CLI_OK) {
         pid = bring_back(&r, &sock, &err);
-        code = pid > 0 ? CLI_OK : cli_daemon_exit_code(&err);
-        remove_work(&r, pid <= 0);
+        code = pid > 0 ? CLI_OK : r.signal ? 128 + r.signal : cli_daemon_exit_code(&err);
+        remove_work(&r, pid <= 0 && !r.signal);
     }
     sigset_t held = {0};
     if (pid > 0) {

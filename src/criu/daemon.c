@@ -191,7 +191,18 @@ int bnp_call_fds(int sock, unsigned type, const unsigned *args, int nargs, const
     for (int i = 0; i < nargs; i++)
         bn_write_u32(&body, args[i]);
     struct bn_reader reply;
-    int r = bn_ctl_call(sock, (uint16_t)type, &body, fds, nfds, NULL, NULL, buf, &reply, err);
+    /* An agent that gives back zero pages while its process is stopped must come to its end first. */
+    bool may_stop = type != BN_CTL_DUMP_PURGE && type != BN_CTL_DUMP_THREAD;
+    if (may_stop && bnp_cancelled())
+        return bn_error_set(err, ECANCELED, "cancel", "bennu was told to stop");
+    int r = bn_ctl_send(sock, (uint16_t)type, false, NULL, &body, fds, nfds);
+    if (r < 0)
+        return bn_error_set(err, r, "daemon", "cannot send to bennud: %s", strerror(-r));
+    if (may_stop && bnp_cancelled_before_answer(sock)) {
+        shutdown(sock, SHUT_RDWR); /* cancels it in the daemon */
+        return bn_error_set(err, ECANCELED, "cancel", "bennu was told to stop");
+    }
+    r = bn_ctl_answer(sock, (uint16_t)type, NULL, NULL, buf, &reply, err);
     if (r < 0)
         return r;
     if (!out)

@@ -163,12 +163,16 @@ static int purge(int pid)
 /* Every thread of every task is stopped. */
 int bnp_dump_checkpoint(int pid)
 {
+    if (bnp_cancelled())
+        return -ECANCELED;
     int r = bnp_dump_process(pid);
     return r == 0 ? purge(pid) : r;
 }
 
 int bnp_dump_pause(int pid)
 {
+    if (bnp_cancelled())
+        return -ECANCELED;
     if (!dump.begun) {
         dump.begun = true;
         /* CRIU gives itself 10 seconds to stop the tree, and its signal would interrupt the work; with large GPU memory on a
@@ -212,6 +216,10 @@ __attribute__((noreturn)) static void abort_dump(void)
 
 void bnp_dump_exit(int ret)
 {
+    if (dump.sock < 0 && ret == 0 && bnp_cancelled()) {
+        spoil_image();
+        abort_dump();
+    }
     if (dump.sock < 0)
         return;
     struct bn_error err = BN_ERROR_INIT;

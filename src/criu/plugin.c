@@ -29,6 +29,7 @@ static int on_init(int stage)
 {
     stage_now = stage;
     bnp_dump_reset();
+    bnp_cancel_init();
     if (stage == BNP_STAGE_RESTORE)
         return bnp_restore_init();
     return 0;

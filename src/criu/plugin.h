@@ -64,6 +64,13 @@ int bnp_thread_run(pid_t tid);
 /* Stop it again, as it was. -ESRCH: it ended meanwhile. */
 int bnp_thread_stop(pid_t tid);
 
+/* --- cancel.c --- */
+void bnp_cancel_init(void);
+/* True once bennu(1) was told to stop. */
+bool bnp_cancelled(void);
+/* Waits until there is an answer on `sock`, as long as its deadline allows, or that. */
+bool bnp_cancelled_before_answer(int sock);
+
 /* --- requests, in daemon.c. 0 or negative errno with *err filled. --- */
 /* `fd` >= 0 rides along; out (may be NULL) receives the reply's u32. Thread safe as long as each socket has one user. */
 int bnp_call(int sock, unsigned type, const unsigned *args, int nargs, int fd, unsigned *out,

@@ -215,12 +215,15 @@ static int start_watcher(pid_t first)
  * lets go of it; it then kills the rest and fails. */
 int bnp_restore_resume(int pid)
 {
-    if (rst.sock < 0)
+    bool cancelled = bnp_cancelled();
+    if (rst.sock < 0 && !cancelled)
         return -ENOTSUP;
     struct bn_error err = BN_ERROR_INIT;
     unsigned handled = 0, arg = (unsigned)pid;
     int r = remember(pid);
-    if (r < 0)
+    if (cancelled)
+        r = bn_error_set(&err, ECANCELED, "cancel", "bennu was told to stop");
+    else if (r < 0)
         bn_error_set(&err, r, "resume", "cannot get hold of the restored process %d: %s", pid, strerror(-r));
     else
         r = bnp_call(rst.sock, BN_CTL_RESTORE_PROCESS, &arg, 1, -1, &handled, &err);

@@ -91,9 +91,15 @@ int bn_ctl_call(int sock, uint16_t type, const struct bn_writer *body, const int
     int r = bn_ctl_send(sock, type, false, NULL, body, fds, nfds);
     if (r < 0)
         return bn_error_set(err, r, "daemon", "cannot send to bennud: %s", strerror(-r));
+    return bn_ctl_answer(sock, type, on_event, arg, buf, reply, err);
+}
+
+int bn_ctl_answer(int sock, uint16_t type, bn_ctl_event_fn on_event, void *arg, void *buf,
+                  struct bn_reader *reply, struct bn_error *err)
+{
     for (;;) {
         struct bn_ctl_head head;
-        r = bn_ctl_recv(sock, buf, &head, reply, NULL, 0, NULL);
+        int r = bn_ctl_recv(sock, buf, &head, reply, NULL, 0, NULL);
         if (r == -EPIPE || r == -ECONNRESET)
             return bn_error_set(err, EPIPE, "daemon", "bennud ended before it answered: see its log");
         if (r < 0)
@@ -151,6 +157,24 @@ void bn_read_phases(struct bn_reader *r, struct bn_phases *p)
         p->phase[i].bytes = bn_read_u64(r);
         p->n = i + 1;
     }
+}
+
+void bn_write_prepare_reply(struct bn_writer *w, const struct bn_prepare_reply *p)
+{
+    bn_write_u32(w, p->passes);
+    bn_write_u64(w, p->gpu_bytes);
+    bn_write_u64(w, p->sent_bytes);
+    bn_write_u64(w, p->last_bytes);
+    bn_write_u64(w, p->gate_ns);
+}
+
+void bn_read_prepare_reply(struct bn_reader *r, struct bn_prepare_reply *p)
+{
+    p->passes = bn_read_u32(r);
+    p->gpu_bytes = bn_read_u64(r);
+    p->sent_bytes = bn_read_u64(r);
+    p->last_bytes = bn_read_u64(r);
+    p->gate_ns = bn_read_u64(r);
 }
 
 void bn_write_daemon_info(struct bn_writer *w, const struct bn_daemon_info *i)

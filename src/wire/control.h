@@ -121,6 +121,14 @@ struct bn_daemon_info {
     struct {
         char name[64];
         uint8_t uuid[16];
+struct bn_prepare_reply {
+    uint32_t passes;
+    uint64_t gpu_bytes;  /* at the last pass */
+    uint64_t sent_bytes; /* in all passes */
+    uint64_t last_bytes; /* of these, in the last one */
+    uint64_t gate_ns;    /* the longest time that gates were closed */
+};
+
         uint32_t cc; /* 90 = 9.0 */
         uint64_t total, free;
         char no_hash[160]; /* why it is not used for hashing; empty: it is */
@@ -182,3 +190,8 @@ void bn_write_daemon_info(struct bn_writer *w, const struct bn_daemon_info *i);
 void bn_read_daemon_info(struct bn_reader *r, struct bn_daemon_info *i);
 void bn_write_ps_entry(struct bn_writer *w, const struct bn_ps_entry *e);
 void bn_read_ps_entry(struct bn_reader *r, struct bn_ps_entry *e);
+/* The second half of that, where the request was sent already. */
+int bn_ctl_answer(int sock, uint16_t type, bn_ctl_event_fn on_event, void *arg, void *buf,
+                  struct bn_reader *reply, struct bn_error *err);
+void bn_write_prepare_reply(struct bn_writer *w, const struct bn_prepare_reply *p);
+void bn_read_prepare_reply(struct bn_reader *r, struct bn_prepare_reply *p);

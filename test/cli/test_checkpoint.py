@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import unittest
@@ -182,7 +183,6 @@ class Checkpoint(Case):
 
     def test_criu_fails(self):
         """A connected Unix socket that leads out of the tree: CRIU says why, so do we."""
-        import socket
         ours, theirs = socket.socketpair()
         program = subprocess.Popen(["sleep", "1000"], stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                    start_new_session=True)
@@ -241,8 +241,23 @@ class Checkpoint(Case):
         self.assertIn("3 GB are needed", done.stderr)
         self.assertFalse(os.path.exists(f"/proc/{self.pid}"))
 
-    def test_signals_do_not_break_a_dump_off(self):
-        """Ctrl-C reaches CRIU, too: torn from its tasks it would leave them stopped."""
+    def test_daemon_that_dies_after_a_restore(self):
+        """CRIU and the plugin in it know that all went well: the program stays."""
+        def silent(values, fds):
+            self.daemon.progress("waiting", 0, 0)
+            self.daemon.local.peer.shutdown(socket.SHUT_RDWR)
+            return b""
+        self.tick()
+        self.dump()
+        self.program.wait(60)
+        self.daemon.plan["WATCH"] = silent
+        restored = self.restore()
+        self.assertEqual(self.tick(restored), "2\n")
+        restored.stdin.close()
+        self.assertEqual(restored.wait(60), 42)
+
+    def test_interrupted_too_late(self):
+        """Ctrl-C reaches CRIU, too: torn from its tasks it would leave them stopped. A plugin that does not hear of it goes on."""
         def interrupt(values, fds):
             self.daemon.progress("waiting", 0, 0)
             os.killpg(dump.pid, signal.SIGINT)

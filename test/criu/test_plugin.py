@@ -750,6 +750,77 @@ class RestoreInPidNamespace(PluginTest):
         self.assert_continues()
 
 
+class Cancelled(PluginTest):
+    """bennu was told to stop: it says so through a pipe that its environment names."""
+
+    def setUp(self):
+        super().setUp()
+        self.env["BENNU_CANCEL"] = os.path.join(self.dir, "cancel")
+        os.mkfifo(self.env["BENNU_CANCEL"])
+        self.pipe = os.open(self.env["BENNU_CANCEL"], os.O_RDWR)
+        self.closed = threading.Event()
+
+    def tearDown(self):
+        os.close(self.pipe)
+        self.closed.set()
+        super().tearDown()
+
+    def at(self, request):
+        """The order comes while the daemon is at this request, which it does not answer."""
+        def cancel(_):
+            os.write(self.pipe, b"x")
+            self.closed.wait(LONG)
+        self.closed.clear()
+        self.daemon.plan.clear()
+        self.daemon.plan[request] = {"call": cancel}
+
+    def ended(self):
+        self.closed.set()
+        os.read(self.pipe, 1)
+
+    def test_dump(self):
+        self.start_tree(3)
+        self.start_daemon()
+        for request in ("DUMP_BEGIN", "DUMP_PROCESS", "DUMP_END"):
+            with self.subTest(request):
+                self.at(request)
+                self.assertNotEqual(self.dump(), 0)
+                self.assert_running()
+                self.assert_no_checkpoint()
+                self.ended()
+        self.daemon.plan.clear()
+        self.assertEqual(self.dump(), 0)
+        self.assert_dead()
+
+    def test_dump_without_gpu(self):
+        self.start_tree(mark="none")
+        os.write(self.pipe, b"x")
+        self.assertNotEqual(self.dump(), 0)
+        self.assert_running()
+        self.assert_no_checkpoint()
+
+    def test_restore(self):
+        self.dump_for_restore(3)
+        self.tree = None
+        for request in ("RESTORE_BEGIN", "RESTORE_PROCESS", "RESTORE_END"):
+            with self.subTest(request):
+                self.at(request)
+                self.assertNotEqual(self.criu("restore", "-d"), 0)
+                self.assert_dead()
+                self.ended()
+        self.daemon.plan.clear()
+        self.assertEqual(self.criu("restore", "-d"), 0)
+        self.assert_continues()
+
+    def test_restore_without_gpu(self):
+        self.start_tree(3, mark="none")
+        self.assertEqual(self.dump(), 0)
+        self.assert_dead()
+        os.write(self.pipe, b"x")
+        self.assertNotEqual(self.criu("restore", "-d"), 0)
+        self.assert_dead()
+
+
 class Swrk(PluginTest):
     """As libcriu, runc and crun drive it: `criu swrk`, orders through a socket."""
 

@@ -183,6 +183,59 @@ class Others(FaultTest):
         self.cycle()
         self.stop()
 
+    # ---- Ctrl-C
+
+    def interrupt_at(self, stage, sig):
+        """CRIU's configuration for a signal to bennu at this stage of its work, twice."""
+        script, config = self.path(f"at-{stage}"), self.path("interrupt.conf")
+        with open(script, "w", encoding="utf-8") as f:
+            f.write('#!/bin/sh\n'
+                    f'[ "$CRTOOLS_SCRIPT_ACTION" = {stage} ] || exit 0\n'
+                    'read -r _ _ _ bennu _ </proc/$PPID/stat\n'
+                    f'kill -{sig.value} $bennu; kill -{sig.value} $bennu\n'
+                    # Taken, once it is no longer pending.
+                    'while ! grep -q "^ShdPnd:.0*$" /proc/$bennu/status; do :; done\n')
+        os.chmod(script, 0o755)
+        with open(config, "w", encoding="utf-8") as f:
+            f.write(f"action-script {script}\n")
+        return config
+
+    def interrupted(self, stage, sig, *command):
+        env = {**self.env, "CRIU_CONFIG_FILE": self.interrupt_at(stage, sig)}
+        done = fault.subprocess.run([fault.BENNU, *map(str, command)], env=env, stdin=fault.subprocess.DEVNULL, text=True,
+                                    stdout=fault.subprocess.PIPE, stderr=fault.subprocess.PIPE, timeout=2 * fault.LONG, check=False,
+                                    preexec_fn=lambda: signal.signal(sig, signal.SIG_DFL))
+        self.assertEqual(done.returncode, 128 + sig, done.stderr)
+        self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+        self.assertIn("interrupted", done.stderr)
+
+    def test_interrupted_dump(self):
+        self.daemon = Daemon(self)
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(sig):
+                self.interrupted("pre-dump", sig, "dump", self.app.pid, self.path("ck"))
+                self.assertFalse([n for n in os.listdir(self.dir) if n.startswith("ck")])
+                self.app.go_on()
+                self.wait_state("running", "no agent")
+        self.cycle()
+        self.stop()
+
+    def test_interrupted_restore(self):
+        self.daemon = Daemon(self)
+        folder, pids = self.new_dir(), self.app.pids()
+        self.succeeds("dump", self.app.pid, folder)
+        fault.bury(pids)
+        before = sorted(os.listdir(folder))
+        for options in ([], ["--detach"]):
+            for stage in ("pre-restore", "post-restore"):
+                with self.subTest((stage, options)):
+                    self.interrupted(stage, signal.SIGINT, "restore", *options, folder)
+                    fault.bury(pids)
+                    self.assertEqual(sorted(os.listdir(folder)), before)
+        self.restore(folder)
+        self.cycle()
+        self.stop()
+
 
 if __name__ == "__main__":
     fault.main()
