@@ -10,7 +10,6 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -145,7 +144,6 @@ static void *restore_thread(void *arg)
     uint32_t served = control->answer, request;
 
     (void)arg;
-    prctl(PR_SET_NAME, CONTROL_THREAD);
     for (;;) {
         request = control->request;
         if (request == served) { /* waits without a limit: CRIU starts the call again as it was */
@@ -188,6 +186,8 @@ CUresult control_start(void)
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
     err = pthread_create(&thread, &attr, restore_thread, NULL);
+    if (!err) /* not in the thread, which may get to it only after cuInit has returned */
+        pthread_setname_np(thread, CONTROL_THREAD);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     pthread_attr_destroy(&attr);
     if (err) {
