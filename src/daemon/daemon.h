@@ -12,6 +12,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/types.h>
+#include <systemd/sd-event.h>
+
+struct sd_event;
 
 /* One process of a suspended tree, as it was when nobody worked on the tree. */
 struct held {
@@ -59,6 +62,9 @@ struct daemon {
     uint64_t host_limit;    /* bytes of pinned host memory */
     uint64_t gpu_budget;    /* bytes of suspended memory on each GPU; 0: no limit */
     uint64_t disk_budget;   /* bytes in the spool; 0: no limit */
+    uint64_t host_keep;     /* bytes of pinned host memory to have at any time */
+    uint64_t trim_after;    /* seconds after the last use that the rest is given back */
+    sd_event_source *rest;  /* the timer for that; NULL: a private daemon */
     unsigned rounds;        /* room.c */
     uint64_t hashless;      /* GPUs that were said to be unfit for hashing: a bit for each */
     struct bn_error no_gpu; /* set: why the driver could not be opened; every request is answered with it */
@@ -79,6 +85,9 @@ int bn_daemon_open_gpu(struct daemon *d, struct bn_error *err);
 void bn_daemon_close_gpu(struct daemon *d);
 /* Say in the log, once for each, which GPUs were found unfit for hashing. */
 void bn_daemon_note_hashing(struct daemon *d);
+
+/* A detached thread that counts as a client: the daemon waits for it before it ends. Negative: there is none. */
+int bn_daemon_thread(struct daemon *d, void *(*fn)(void *), void *arg);
 
 /* Serve one connection until it ends, in the calling thread. Owns fd. */
 void bn_daemon_serve(struct daemon *d, int fd);
@@ -127,6 +136,12 @@ int bn_make_room(struct bn_env *env, uint32_t tier, unsigned dev, uint64_t bytes
 void bn_keep_budgets(struct daemon *d);
 /* Move one tree out of the memory of a GPU that `where` has something on (NULL: of any). False: there is none. */
 bool bn_let_go(struct daemon *d, const struct bn_usage *where);
+
+/* ---- at rest (rest.c); in the event loop's thread ---- */
+
+int bn_rest_open(struct daemon *d, sd_event *event);
+/* Something has ended: in a while it may be time to give memory back. */
+void bn_rest_later(struct daemon *d);
 
 /* ---- recovery (recover.c) ---- */
 

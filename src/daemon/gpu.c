@@ -16,7 +16,8 @@ int bn_daemon_open_gpu(struct daemon *d, struct bn_error *err)
     env->room = bn_make_room;
     int r = bn_gpu_open(d->driver, &env->gpu, err);
     if (r == 0)
-        r = bn_pool_new(env->gpu, &(struct bn_pool_config){.limit = d->host_limit}, &env->pool, err);
+        r = bn_pool_new(env->gpu, &(struct bn_pool_config){.limit = d->host_limit, .keep = d->host_keep},
+                        &env->pool, err);
     if (r == 0)
         r = bn_copier_new(env->gpu, &(struct bn_copier_config){0}, &env->copier, err);
     if (r < 0) {

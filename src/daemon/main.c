@@ -24,11 +24,13 @@
 #include <systemd/sd-daemon.h>
 #include <systemd/sd-event.h>
 
+#define TRIM_AFTER_S 60u
+
 struct options {
     const char *rundir;
     const char *driver;
     const char *spool;
-    uint64_t host_limit, gpu_budget, disk_budget;
+    uint64_t host_limit, host_keep, gpu_budget, disk_budget, trim_after;
     int private_fd;
     bool worker;
     int keeper_fd, listen_fd; /* a worker's */
@@ -40,6 +42,8 @@ static const char usage_text[] =
     "      --rundir DIR        folder of the socket (default " BENNU_RUNDIR ", or BENNU_RUNDIR)\n"
     "      --driver PATH       libcuda.so.1 to use (default: the system's, or BENNU_DRIVER)\n"
     "      --host-limit BYTES  most pinned host memory to use, with K, M, G or T (default: no limit)\n"
+    "      --host-keep BYTES   pinned host memory to get at the start and never give back (default: none)\n"
+    "      --trim-after SECONDS when the rest of it is given back after the last use (default: 60)\n"
     "      --gpu-budget BYTES  most suspended memory to leave on each GPU (default: no limit)\n"
     "      --disk-budget BYTES most suspended memory to have on the disk (default: no limit)\n"
     "      --spool DIR         folder for what is suspended to the disk (default /var/lib/bennu/spool; with "
@@ -58,13 +62,8 @@ struct served {
 static void *serve_thread(void *arg)
 {
     struct served *s = arg;
-    struct daemon *d = s->d;
-    bn_daemon_serve(d, s->fd);
+    bn_daemon_serve(s->d, s->fd);
     free(s);
-    pthread_mutex_lock(&d->lock);
-    d->clients--;
-    pthread_cond_broadcast(&d->clients_changed);
-    pthread_mutex_unlock(&d->lock);
     return NULL;
 }
 
@@ -88,25 +87,13 @@ static int on_connection(sd_event_source *source, int fd, uint32_t revents, void
         return 0;
     }
     struct served *s = malloc(sizeof(*s));
-    pthread_t thread;
-    pthread_attr_t attr;
     if (!s)
         return 0;
     *s = (struct served){d, peer};
-    pthread_attr_init(&attr);
-    pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
-    pthread_mutex_lock(&d->lock);
-    d->clients++;
-    pthread_mutex_unlock(&d->lock);
-    if (pthread_create(&thread, &attr, serve_thread, s) == 0) {
-        (void)BN_TAKE_FD(peer);
-    } else {
+    if (bn_daemon_thread(d, serve_thread, s) < 0)
         free(s);
-        pthread_mutex_lock(&d->lock);
-        d->clients--;
-        pthread_mutex_unlock(&d->lock);
-    }
-    pthread_attr_destroy(&attr);
+    else
+        (void)BN_TAKE_FD(peer);
     return 0;
 }
 
@@ -162,6 +149,7 @@ static int on_wake(sd_event_source *source, int fd, uint32_t revents, void *arg)
     struct daemon *d = arg;
     eventfd_t n;
     eventfd_read(fd, &n);
+    bn_rest_later(d);
     bn_reap_suspended(d); /* those that ended while somebody worked on their tree */
     pthread_mutex_lock(&d->lock);
     for (struct suspended_entry *e = d->suspended; e; e = e->next) {
@@ -284,11 +272,26 @@ static const char *default_spool(const char *rundir)
 
 static int parse_options(int argc, char **argv, struct options *o)
 {
-    enum { RUNDIR = 256, DRIVER, SPOOL, HOST_LIMIT, GPU_BUDGET, DISK_BUDGET, PRIVATE, WORKER, HELP, VERSION };
+    enum {
+        RUNDIR = 256,
+        DRIVER,
+        SPOOL,
+        HOST_LIMIT,
+        HOST_KEEP,
+        TRIM_AFTER,
+        GPU_BUDGET,
+        DISK_BUDGET,
+        PRIVATE,
+        WORKER,
+        HELP,
+        VERSION
+    };
     static const struct option longs[] = {{"rundir", required_argument, NULL, RUNDIR},
                                           {"driver", required_argument, NULL, DRIVER},
                                           {"spool", required_argument, NULL, SPOOL},
                                           {"host-limit", required_argument, NULL, HOST_LIMIT},
+                                          {"host-keep", required_argument, NULL, HOST_KEEP},
+                                          {"trim-after", required_argument, NULL, TRIM_AFTER},
                                           {"gpu-budget", required_argument, NULL, GPU_BUDGET},
                                           {"disk-budget", required_argument, NULL, DISK_BUDGET},
                                           {"private", required_argument, NULL, PRIVATE},
@@ -296,8 +299,10 @@ static int parse_options(int argc, char **argv, struct options *o)
                                           {"help", no_argument, NULL, HELP},
                                           {"version", no_argument, NULL, VERSION},
                                           {0}};
-    *o = (struct options){
-        .rundir = secure_getenv("BENNU_RUNDIR"), .driver = secure_getenv("BENNU_DRIVER"), .private_fd = -1};
+    *o = (struct options){.rundir = secure_getenv("BENNU_RUNDIR"),
+                          .driver = secure_getenv("BENNU_DRIVER"),
+                          .private_fd = -1,
+                          .trim_after = TRIM_AFTER_S};
     if (!o->rundir)
         o->rundir = BENNU_RUNDIR;
     for (int c; (c = getopt_long(argc, argv, "", longs, NULL)) != -1;) {
@@ -311,6 +316,12 @@ static int parse_options(int argc, char **argv, struct options *o)
             o->worker = sscanf(optarg, "%d,%d,%d", &o->keeper_fd, &o->listen_fd, &o->private_fd) == 3;
             break;
         case HOST_LIMIT: bytes = &o->host_limit; break;
+        case HOST_KEEP: bytes = &o->host_keep; break;
+        case TRIM_AFTER:
+            if (parse_bytes(optarg, &o->trim_after) && o->trim_after <= UINT32_MAX)
+                break;
+            fprintf(stderr, "bennud: '%s' is no number of seconds\n", optarg);
+            return 2;
         case GPU_BUDGET: bytes = &o->gpu_budget; break;
         case DISK_BUDGET: bytes = &o->disk_budget; break;
         case HELP: fputs(usage_text, stdout); return 0;
@@ -343,6 +354,8 @@ static int loop(struct daemon *d, int listen_fd, struct bn_error *err)
         r = sd_event_add_signal(event, NULL, SIGTERM, on_signal, d);
     if (r >= 0)
         r = sd_event_add_signal(event, NULL, SIGINT, on_signal, d);
+    if (r >= 0)
+        r = bn_rest_open(d, event);
     if (r >= 0)
         r = sd_event_add_io(event, NULL, bn_guard_fd(d->env.guard), 0, on_keeper, d); /* its end alone */
     if (r >= 0) {
@@ -426,6 +439,8 @@ static int be_worker(const struct options *o)
     struct daemon d = {.driver = o->driver && *o->driver ? o->driver : NULL,
                        .spool = o->spool,
                        .host_limit = o->host_limit,
+                       .host_keep = o->host_keep,
+                       .trim_after = o->trim_after,
                        .gpu_budget = o->gpu_budget,
                        .disk_budget = o->disk_budget,
                        .lock = PTHREAD_MUTEX_INITIALIZER,

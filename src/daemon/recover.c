@@ -41,10 +41,6 @@ static void *recover(void *arg)
     bn_report_unref(report);
     bn_return_suspended(d, r->entry, r->s);
     free(r);
-    pthread_mutex_lock(&d->lock);
-    d->clients--;
-    pthread_cond_broadcast(&d->clients_changed);
-    pthread_mutex_unlock(&d->lock);
     return NULL;
 }
 
@@ -61,13 +57,7 @@ static void start(struct daemon *d, struct bn_suspended *s, struct bn_record *im
     }
     *r = (struct recovery){d, e, s, *image};
     *image = (struct bn_record){0};
-    pthread_mutex_lock(&d->lock);
-    d->clients++;
-    pthread_mutex_unlock(&d->lock);
-    pthread_t thread;
-    if (pthread_create(&thread, NULL, recover, r) == 0)
-        pthread_detach(thread);
-    else
+    if (bn_daemon_thread(d, recover, r) < 0)
         recover(r);
 }
 

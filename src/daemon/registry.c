@@ -8,6 +8,44 @@
 #include <sys/stat.h>
 #include <time.h>
 
+/* ---- threads ---- */
+
+struct start {
+    struct daemon *d;
+    void *(*fn)(void *);
+    void *arg;
+};
+
+static void *run(void *arg)
+{
+    struct start s = *(struct start *)arg;
+    free(arg);
+    s.fn(s.arg);
+    pthread_mutex_lock(&s.d->lock);
+    s.d->clients--;
+    pthread_cond_broadcast(&s.d->clients_changed);
+    pthread_mutex_unlock(&s.d->lock);
+    return NULL;
+}
+
+int bn_daemon_thread(struct daemon *d, void *(*fn)(void *), void *arg)
+{
+    struct start *s = malloc(sizeof(*s));
+    if (!s)
+        return -ENOMEM;
+    *s = (struct start){d, fn, arg};
+    pthread_t thread;
+    pthread_mutex_lock(&d->lock);
+    int r = pthread_create(&thread, NULL, run, s);
+    d->clients += r == 0;
+    pthread_mutex_unlock(&d->lock);
+    if (r == 0)
+        pthread_detach(thread);
+    else
+        free(s);
+    return -r;
+}
+
 /* ---- reports of running sessions ---- */
 
 static bool fits(const struct awaited *a, const struct published *p)
@@ -64,6 +102,7 @@ void bn_unpublish(struct daemon *d, struct bn_report *report)
     if (found) {
         bn_report_unref(found->report);
         free(found);
+        eventfd_write(d->wake_fd, 1);
     }
 }
 

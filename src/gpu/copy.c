@@ -94,6 +94,15 @@ int bn_copier_warm(struct bn_copier *c, struct bn_error *err)
     return bn_pool_reserve(c->pool, 2 * c->config.workers * c->config.buffer, err);
 }
 
+void bn_copier_trim(struct bn_copier *c)
+{
+    pthread_mutex_lock(&c->lock);
+    while (c->nidle > 0)
+        bn_mem_free(c->idle[--c->nidle]);
+    pthread_mutex_unlock(&c->lock);
+    bn_pool_trim(c->pool);
+}
+
 uint64_t bn_copier_buffer(const struct bn_copier *c)
 {
     return c->config.buffer;

@@ -181,6 +181,8 @@ int bn_copier_new(struct bn_gpu *gpu, const struct bn_copier_config *config, str
                   struct bn_error *err);
 /* All jobs must have been freed. */
 void bn_copier_free(struct bn_copier *copier);
+/* Give back the staging buffers that no job has. */
+void bn_copier_trim(struct bn_copier *copier);
 /* Pin the staging buffers of one job now. */
 int bn_copier_warm(struct bn_copier *copier, struct bn_error *err);
 

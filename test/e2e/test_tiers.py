@@ -246,5 +246,54 @@ class Budgets(TierCase):
             self.assertIn("'much'", done.stderr)
 
 
+class AtRest(TierCase):
+    """What the daemon has when nobody uses it."""
+
+    def pinned(self):
+        """Bytes in the files behind pinned memory, without the 2 MiB for hashing on each GPU."""
+        worker, = harness.children_of(self.daemon.pid)
+        total = 0
+        for fd in os.listdir(f"/proc/{worker}/fd"):
+            try:
+                if "bennu-pool" in os.readlink(f"/proc/{worker}/fd/{fd}"):
+                    size = os.stat(f"/proc/{worker}/fd/{fd}").st_blocks * 512
+                    total += size if size > 2 * MIB else 0
+            except FileNotFoundError:
+                pass
+        return total
+
+    def work(self):
+        program = self.memcheck()
+        for tier in TIERS:
+            self.ok("suspend", "--to", tier, program.pid)
+            self.ok("resume", program.pid)
+        program.go_on()
+        return program
+
+    def test_memory_goes_back(self):
+        self.start_daemon("--trim-after", "0", "--host-limit", "64M")
+        self.assertEqual(self.pinned(), 0)
+        program = self.work()
+        wait_for(lambda: self.pinned() == 0, "all of it is given back")
+        self.ok("suspend", program.pid)
+        held = self.state(program.pid)["host_bytes"]
+        wait_for(lambda: self.pinned() == 64 * MIB, "staging buffers are given back, and what is in use is not")
+        self.assertGreater(held, 0)
+        self.ok("resume", program.pid)
+        program.go_on()
+        wait_for(lambda: self.pinned() == 0, "all of it is given back")
+
+    def test_memory_is_kept_for_the_next_suspend(self):
+        self.start_daemon("--host-limit", "64M")
+        self.work()
+        self.assertGreaterEqual(self.pinned(), 64 * MIB)
+
+    def test_what_is_to_be_kept(self):
+        self.start_daemon("--trim-after", "0", "--host-limit", "64M", "--host-keep", "32M")
+        wait_for(lambda: self.pinned() == 64 * MIB, "it is there from the start, in one piece")
+        self.work()
+        wait_for(lambda: self.pinned() == 64 * MIB, "it is still there, and nothing else")
+
+
 if __name__ == "__main__":
     harness.main()
