@@ -1,6 +1,7 @@
 /* The agent's descriptors, kept out of the application's way: at high numbers, so that select(2) and programs that count on
  * getting the lowest number are not disturbed. */
 #include "agent/agent.h"
+#include "agent/libc.h"
 #include "agent/track.h"
 
 #include <fcntl.h>
@@ -38,7 +39,7 @@ int bn_fd_high(int fd)
 int bn_kept_take(struct bn_kept *kept, int fd)
 {
     struct stat st;
-    if (fstat(fd, &st) < 0)
+    if (bn_fstat(fd, &st) < 0)
         return -errno;
     int high = bn_fd_high(fd);
     if (high < 0)
@@ -65,7 +66,7 @@ static bool is_page(int fd, const struct stat *st)
 bool bn_kept_valid(const struct bn_kept *kept)
 {
     struct stat st;
-    if (kept->fd <= 0 || fstat(kept->fd, &st) < 0)
+    if (kept->fd <= 0 || bn_fstat(kept->fd, &st) < 0)
         return false;
     if (S_ISSOCK(st.st_mode))
         return is_seqpacket(kept->fd);

@@ -6,6 +6,7 @@
  * is taken as agreement, since the memory is meant for a process that the owner cannot name. */
 #include "agent/agent.h"
 #include "agent/gate.h"
+#include "agent/libc.h"
 #include "agent/track.h"
 
 #include <fcntl.h>
@@ -67,7 +68,7 @@ static void put_in_place(struct bn_seg *seg, int from)
 {
     struct stat st;
     int fd = seg->offered.fd;
-    if (!bn_kept_valid(&seg->offered) || from < 0 || dup3(from, fd, O_CLOEXEC) < 0 || fstat(fd, &st) < 0)
+    if (!bn_kept_valid(&seg->offered) || from < 0 || dup3(from, fd, O_CLOEXEC) < 0 || bn_fstat(fd, &st) < 0)
         return;
     seg->offered = (struct bn_kept){fd, st.st_dev, st.st_rdev, st.st_ino};
 }

@@ -5,6 +5,7 @@
  * gives each of them the same handle and the same pointers, and the first to finish publishes them.
  */
 #include "agent/agent.h"
+#include "agent/libc.h"
 
 #include <dirent.h>
 #include <dlfcn.h>
@@ -47,7 +48,7 @@ struct search {
 static bool try_file(struct search *s, const char *path)
 {
     struct stat st;
-    if (s->handle || path[0] != '/' || strlen(path) >= sizeof(s->path) || stat(path, &st) < 0 ||
+    if (s->handle || path[0] != '/' || strlen(path) >= sizeof(s->path) || bn_stat(path, &st) < 0 ||
         !S_ISREG(st.st_mode))
         return s->handle != NULL;
     void *handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
@@ -106,7 +107,7 @@ static bool try_folder(struct search *s, const char *folder)
         return true;
     /* Only where we stand in its place: elsewhere a lone versioned file is no installed driver. */
     struct stat there;
-    if (stat(path, &there) < 0)
+    if (bn_stat(path, &there) < 0)
         return false;
     return try_versioned(s, folder);
 }
@@ -190,7 +191,7 @@ static bool try_cache(struct search *s)
     int fd = open("/etc/ld.so.cache", O_RDONLY | O_CLOEXEC);
     struct stat st;
     bool found = false;
-    if (fd >= 0 && fstat(fd, &st) == 0 && st.st_size > 0 && st.st_size < (64 << 20)) {
+    if (fd >= 0 && bn_fstat(fd, &st) == 0 && st.st_size > 0 && st.st_size < (64 << 20)) {
         void *mem = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
         if (mem != MAP_FAILED) {
             found = try_cache_bytes(s, mem, (size_t)st.st_size);

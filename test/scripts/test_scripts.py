@@ -69,6 +69,28 @@ class Glibc(unittest.TestCase):
             self.assertEqual(call(sys.executable, script, library, "2.17").returncode, 1)
             self.assertEqual(call(sys.executable, script, library, "2.99").returncode, 0)
 
+    def test_wants_the_libraries_that_are_one_now(self):
+        with tempfile.TemporaryDirectory() as folder:
+            source = os.path.join(folder, "a.c")
+            library = os.path.join(folder, "a.so")
+            with open(source, "w", encoding="utf-8") as out:
+                version = {"x86_64": "2.2.5", "aarch64": "2.17"}.get(os.uname().machine)
+                if not version:
+                    self.skipTest("another machine")
+                out.write(f'__asm__(".symver dlsym,dlsym@GLIBC_{version}");\n'
+                          "void *dlsym(void *, const char *);\nvoid *f(void) { return dlsym(0, 0); }\n")
+            script = os.path.join(SCRIPTS, "check-glibc")
+            link = ["gcc", "-shared", "-fPIC", "-o", library, source, "-Wl,--no-as-needed"]
+            done = call(*link)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            done = call(sys.executable, script, library, "2.17")
+            self.assertEqual(done.returncode, 1)
+            self.assertIn("dlsym: before 2.34 in libdl.so.2", done.stdout)
+            self.assertEqual(call(sys.executable, script, library, "2.34").returncode, 0)
+            done = call(*link, "-l:libdl.so.2")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(call(sys.executable, script, library, "2.17").returncode, 0)
+
 
 @unittest.skipUnless(shutil.which("meson") and shutil.which("ninja"), "no meson or ninja")
 class RunTests(unittest.TestCase):
