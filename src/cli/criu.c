@@ -213,6 +213,7 @@ static const struct {
                                                   "tree: close that connection, or dump both processes"},
     {"Can't dump ghost file", "it has a large deleted file open: CRIU's ghost-limit is too small for it"},
     {"stdin isn't a terminal", "it belongs to a terminal: restore it from one"},
+    {"Don't have tty to inherit", "it belongs to a terminal: restore it from one"},
     {"has bad size",
      "a file that it has mapped (a library, say) is no longer the one that it was dumped with"},
     {"bad build-ID", "a library that it has mapped is no longer the one that it was dumped with"},

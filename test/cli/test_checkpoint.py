@@ -2,13 +2,17 @@
 """Dump and restore with the real CRIU, a plugin that does nothing and a daemon that pretends: what the command line itself
 does is tested here, the GPU elsewhere."""
 
+import fcntl
 import json
 import os
+import pty
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import unittest
 
 import common
@@ -157,6 +161,62 @@ class Checkpoint(Case):
         self.assertEqual(self.tick(restored), "2\n")
         restored.stdin.close()
         self.assertEqual(restored.wait(60), 5)
+
+    def on_terminal(self, *command):
+        """Starts `command` as the leader of a session on a terminal of its own. Returns it and the terminal's other end."""
+        ours, theirs = pty.openpty()
+
+        def lead():
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        program = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=self.env, start_new_session=True,
+                                   preexec_fn=lead)
+        os.close(theirs)
+        self.addCleanup(os.close, ours)
+        self.addCleanup(self.end, program)
+        return program, ours
+
+    @staticmethod
+    def says(terminal, wanted):
+        """Reads what is shown on the terminal until it has `wanted`."""
+        shown = ""
+        while wanted not in shown:
+            if not select.select([terminal], [], [], 60)[0]:
+                raise AssertionError(f"no {wanted!r} in {shown!r}")
+            shown += os.read(terminal, 4096).decode()
+
+    def ticks(self, terminal, count):
+        os.write(terminal, b"\n")
+        self.says(terminal, f"{count}\r\n")
+
+    def moves_to_another_terminal(self, pid, terminal):
+        self.daemon.plan["CHECK"] = lambda values, fds: bytes(16)
+        self.daemon.plan["WATCH"] = self.without_session
+        self.pid = pid
+        self.dump("--allow-no-cuda")
+        return self.on_terminal(common.arguments.bennu, "restore", "--quiet", self.target)
+
+    def goes_on_there(self, restored, terminal):
+        self.ticks(terminal, 2)
+        os.write(terminal, b"\x03")
+        self.assertEqual(restored.wait(60), 128 + signal.SIGINT)
+
+    def test_terminal(self):
+        program, terminal = self.on_terminal(common.arguments.ticker)
+        self.ticks(terminal, 1)
+        restored = self.moves_to_another_terminal(program.pid, terminal)
+        program.wait(60)
+        self.goes_on_there(*restored)
+        self.fails(1, "restore", self.target, says="it belongs to a terminal: restore it from one")
+
+    def test_job_of_a_shell_on_a_terminal(self):
+        shell, terminal = self.on_terminal("/bin/sh", "-c", f"{common.arguments.ticker}; echo ended $?; read line")
+        self.ticks(terminal, 1)
+        with open(f"/proc/{shell.pid}/task/{shell.pid}/children", encoding="utf-8") as f:
+            job = int(f.read())
+        restored = self.moves_to_another_terminal(job, terminal)
+        self.says(terminal, "ended 137")
+        self.goes_on_there(*restored)
 
     def nothing_left(self):
         self.assertFalse(os.path.exists(self.target))
