@@ -48,7 +48,7 @@ struct cli_command {
 };
 
 extern const struct cli_command cli_run, cli_dump, cli_restore, cli_suspend, cli_resume, cli_ps, cli_inspect,
-    cli_check, cli_install, cli_uninstall;
+    cli_check, cli_install, cli_uninstall, cli_store;
 
 /* Name of the command under way, for messages: "bennu dump". */
 extern const char *cli_name;
@@ -201,6 +201,7 @@ void cli_record_free(struct cli_record *r);
 
 struct cli_directory {
     int fd, parent; /* owned */
+    int lock;       /* says that somebody is writing to it, to those who collect what nobody is; owned */
     char *path;     /* absolute; owned */
     bool created;
 };

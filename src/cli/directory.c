@@ -1,6 +1,7 @@
 #include "cli/cli.h"
 
 #include "base/cleanup.h"
+#include "store/image_dir.h"
 
 #include <fcntl.h>
 #include <string.h>
@@ -53,11 +54,17 @@ static int try_to_write(int fd)
 
 int cli_directory_prepare(const char *path, struct cli_directory *d, struct bn_error *err)
 {
-    *d = (struct cli_directory){.fd = -1, .parent = -1};
+    *d = (struct cli_directory){.fd = -1, .parent = -1, .lock = -1};
     int r = open_or_make(path, d, err);
     if (r == 0 && !is_empty(d->fd))
         r = bn_error_set(err, ENOTEMPTY, "directory",
                          "the directory %s is not empty: name a new or an empty one", path);
+    if (r == 0) {
+        struct bn_error busy = BN_ERROR_INIT;
+        d->lock = bn_image_lock(d->fd, false, &busy);
+        if (d->lock == -EBUSY) /* without locks it goes as well */
+            r = bn_error_set(err, EBUSY, "directory", "%s: %s", path, busy.text);
+    }
     if (r == 0) {
         r = try_to_write(d->fd);
         if (r < 0)
@@ -106,6 +113,7 @@ void cli_directory_close(struct cli_directory *d)
 {
     d->fd = bn_close(d->fd);
     d->parent = bn_close(d->parent);
+    d->lock = bn_close(d->lock);
     free(d->path);
     d->path = NULL;
 }

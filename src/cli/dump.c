@@ -281,7 +281,7 @@ static int prepare(struct dump *d, const char *path, int *sock, struct bn_error 
 static int dump(int argc, char **argv)
 {
     struct bn_error err = BN_ERROR_INIT;
-    struct dump d = {.dir = {.fd = -1, .parent = -1}};
+    struct dump d = {.dir = {.fd = -1, .parent = -1, .lock = -1}};
     bn_auto_fd sock = -1;
     if (cli_parse_pid(argv[0], &d.pid) < 0)
         return cli_usage("'%s' is not a process id", argv[0]);

@@ -8,7 +8,7 @@
 
 static const struct cli_command *const commands[] = {&cli_run,     &cli_dump,     &cli_restore, &cli_suspend,
                                                      &cli_resume,  &cli_ps,       &cli_inspect, &cli_check,
-                                                     &cli_install, &cli_uninstall};
+                                                     &cli_install, &cli_uninstall, &cli_store};
 
 static void print_help(FILE *out)
 {

@@ -2,7 +2,7 @@
 
 #include "base/cleanup.h"
 #include "base/io.h"
-#include "store/pack.h"
+#include "store/pack_file.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -116,15 +116,15 @@ int bn_image_lock(int dirfd, bool exclusive, struct bn_error *err)
                         strerror(errno));
 }
 
-static bool is_pack(const char *name)
+int bn_image_replace(int dirfd, const struct bn_manifest *m, struct bn_error *err)
 {
-    unsigned index;
-    int end = -1;
-    char again[BN_PACK_NAME_MAX];
-    if (sscanf(name, BN_PACK_NAME "%n", &index, &end) != 1 || end < 0)
-        return false;
-    snprintf(again, sizeof(again), BN_PACK_NAME, index);
-    return strcmp(again, name) == 0;
+    bn_auto_free void *bytes = NULL;
+    size_t len = 0;
+    int r = bn_manifest_encode(m, &bytes, &len, err);
+    if (r < 0)
+        return r;
+    r = bn_write_file_atomic_at(dirfd, BN_MANIFEST_NAME, bytes, len);
+    return r < 0 ? bn_error_set(err, r, "image", "cannot write %s: %s", BN_MANIFEST_NAME, strerror(-r)) : 0;
 }
 
 int bn_image_remove(int dirfd, struct bn_error *err)
@@ -140,7 +140,8 @@ int bn_image_remove(int dirfd, struct bn_error *err)
                      : bn_error_set(err, errno, "image", "cannot read the image folder: %s", strerror(errno));
     fd = -1; /* it is the DIR's now */
     for (struct dirent *e; (e = readdir(dir));)
-        if (is_pack(e->d_name) && unlinkat(dirfd, e->d_name, 0) < 0 && errno != ENOENT && first == 0)
+        if (bn_is_pack_name(e->d_name, NULL) && unlinkat(dirfd, e->d_name, 0) < 0 && errno != ENOENT &&
+            first == 0)
             first = bn_error_set(err, errno, "image", "cannot remove %s: %s", e->d_name, strerror(errno));
     return first;
 }

@@ -18,6 +18,10 @@ int bn_image_load(int dirfd, struct bn_manifest **out, struct bn_error *err);
  * own files are written. -EINVAL: the manifest is wrong; -EEXIST: there is one already; -ENOSPC, -EIO … */
 int bn_image_save(int dirfd, const struct bn_manifest *m, struct bn_error *err);
 
+/* Put another manifest in the place of the one that is there, at one moment: for images whose packs are rewritten. The old one is
+ * there on every error. Errors as bn_image_save(). */
+int bn_image_replace(int dirfd, const struct bn_manifest *m, struct bn_error *err);
+
 /* Hold a folder that is being written or read (shared), or that is to be removed or rewritten (exclusive), as flock(2) does. Never
  * waits. A descriptor, which holds it until it is closed; -EBUSY: somebody else does; -ENOTSUP: the file system has no
  * locks; others as open(2). */

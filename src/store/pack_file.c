@@ -103,3 +103,18 @@ void bn_pack_file_unlink(int dirfd, uint32_t pack)
     snprintf(name, sizeof(name), BN_PACK_NAME, pack);
     unlinkat(dirfd, name, 0);
 }
+
+bool bn_is_pack_name(const char *name, uint32_t *index)
+{
+    unsigned number;
+    int end = -1;
+    char again[BN_PACK_NAME_MAX];
+    if (sscanf(name, BN_PACK_NAME "%n", &number, &end) != 1 || end < 0)
+        return false;
+    snprintf(again, sizeof(again), BN_PACK_NAME, number);
+    if (strcmp(again, name) != 0)
+        return false;
+    if (index)
+        *index = number;
+    return true;
+}

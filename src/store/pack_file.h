@@ -23,3 +23,6 @@ bool bn_pack_cannot_link(int error);
 int bn_pack_file_copy(int from, uint64_t from_offset, int to, uint64_t to_offset, uint64_t bytes);
 
 void bn_pack_file_unlink(int dirfd, uint32_t pack);
+
+/* Is this the name of a pack? Then *index (may be NULL) is its number. */
+bool bn_is_pack_name(const char *name, uint32_t *index);

@@ -1,5 +1,6 @@
 """Checkpoints that share bytes: bennu dump --parent."""
 
+import json
 import os
 import shutil
 
@@ -87,6 +88,83 @@ class Share(Case):
         self.dump(program, "--parent", image)
         self.restore(program)
         program.go_on()
+
+
+
+class Store(Case):
+    """bennu store on checkpoints of real dumps."""
+
+    def make(self):
+        self.start_daemon()
+        program = self.start(MODEL, WEIGHTS)
+        os.mkdir(self.path("store"))
+        one = self.dump(program, "--leave-running", name="store/one")
+        self.dump(program, "--leave-running", "--parent", one, name="store/two")
+        return program
+
+    def listed(self):
+        return {e["name"]: e for e in self.ok_json("store", "ls", self.path("store"))["checkpoints"]}
+
+    def test_list_remove_restore(self):
+        program = self.make()
+        os.mkdir(self.path("store/notes"))
+        os.mkdir(self.path("store/torn"))
+        for name in ("bennu-pack-0.img", "core-1.img"):
+            with open(self.path("store/torn", name), "wb") as f:
+                f.write(b"x" * 100)
+        entries = self.listed()
+        self.assertEqual(list(entries), ["one", "two", "torn"])
+        self.assertEqual(entries["torn"]["state"], "incomplete")
+        for name in ("one", "two"):
+            self.assertEqual(entries[name]["state"], "complete")
+            self.assertEqual((entries[name]["processes"], entries[name]["gpu_bytes"]), (1, (WEIGHTS + 2) * MIB))
+            self.assertEqual(entries[name]["own_bytes"], own_bytes(self.path("store", name)))
+            self.assertEqual(entries[name]["shared_bytes"], shared_bytes(self.path("store", name)))
+        text = self.ok("store", "ls", self.path("store")).stdout.splitlines()
+        self.assertEqual([line.split()[0] for line in text], ["NAME", "one", "two", "torn"])
+        self.refused(1, "store", "rm", self.path("store"), "one", "three", says="three: No such file")
+        self.refused(1, "store", "rm", self.path("store"), "../store/one", says="not the name of a checkpoint")
+        self.refused(1, "store", "rm", self.path("store"), "notes", says="notes is no checkpoint")
+        self.refused(2, "store", "rm", self.path("store"), says="needs the names")
+        self.refused(2, "store", "gc", self.path("store"), "one", says="gc takes no names")
+        self.refused(2, "store", "shrink", self.path("store"), says="'shrink' is none of")
+        self.refused(1, "store", "ls", self.path("nowhere"), says=("cannot open the store", "nowhere"))
+        self.assertEqual(set(self.listed()), {"one", "two", "torn"})
+        answer = self.ok_json("store", "rm", self.path("store"), "one")
+        self.assertEqual(answer["removed"], 1)
+        self.assertEqual(self.listed()["two"]["shared_bytes"], 0)
+        answer = self.ok_json("store", "gc", self.path("store"))
+        self.assertEqual((answer["incomplete_removed"], answer["skipped"]), (1, 0))
+        self.assertEqual(sorted(os.listdir(self.path("store"))), ["notes", "two"])
+        program.kill()
+        program.will_go_back()
+        self.restore(program, self.path("store/two"))
+        program.go_on()
+
+    def test_verify_names_the_damage(self):
+        self.make()
+        answer = self.ok_json("store", "verify", self.path("store"))
+        self.assertEqual((answer["checkpoints"], answer["damage"]), (2, []))
+        self.assertEqual(answer["bytes_read"], (WEIGHTS + 4) * MIB)
+        self.assertIn("all as they were written", self.ok("store", "verify", self.path("store"), "two").stdout)
+        shared = next(n for n, st in packs(self.path("store/one")).items() if st.st_nlink > 1)
+        with open(self.path("store/one", shared), "r+b") as f:
+            f.seek(3 * MIB)
+            byte = f.read(1)
+            f.seek(3 * MIB)
+            f.write(bytes([byte[0] ^ 8]))
+        done = self.bennu("store", "verify", self.path("store"))
+        self.assertEqual(done.returncode, 5)
+        lines = done.stdout.splitlines()
+        self.assertEqual([line.split(":")[0] for line in lines], ["one", "two"])
+        for line in lines:
+            self.assertRegex(line, r'chunk \d+ \(process \d+ "model", segment \d+ at 0x[0-9a-f]+, byte \d+ of it\) is damaged')
+        self.assertEqual(done.stderr.count("\n"), 1)
+        done = self.bennu("store", "--json", "verify", self.path("store"), "one")
+        self.assertEqual(done.returncode, 5)
+        answer = json.loads(done.stdout)
+        self.assertIs(answer["ok"], False)
+        self.assertEqual([d["name"] for d in answer["damage"]], ["one"])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #define CHUNK ((size_t)BN_CHUNK_SIZE)
 
@@ -154,4 +155,134 @@ static inline void check_content(const struct folder *f, const struct bn_manifes
     free(want);
     free(got);
     bn_pack_reader_free(r);
+}
+
+/* ---- images of seeds ---- */
+
+/* A folder below the test's own. */
+static inline struct folder below(const struct folder *f, const char *name)
+{
+    struct folder sub = {.fd = -1};
+    assert_int_equal(mkdirat(f->fd, name, 0700), 0);
+    assert_true(snprintf(sub.path, sizeof(sub.path), "%s/%s", f->path, name) < (int)sizeof(sub.path));
+    sub.fd = open(sub.path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    assert_true(sub.fd >= 0);
+    return sub;
+}
+
+/* Bytes that are another's for each `seed`. */
+static inline void fill(uint64_t seed, uint8_t *out)
+{
+    seed = seed * 2654435761u + 1;
+    for (size_t at = 0; at < CHUNK; at += 8) {
+        seed = seed * 6364136223846793005u + 1442695040888963407u;
+        memcpy(out + at, &seed, 8);
+    }
+}
+
+static inline void hash_of(const struct bn_manifest *m, const uint8_t *data, struct bn_hash *h)
+{
+    struct bn_hash_key *key = bn_hash_key_new(m->key);
+    bn_hash_chunk(key, data, CHUNK, h);
+    bn_hash_key_free(key);
+}
+
+static inline struct bn_pack_writer *writer(int dirfd, const struct bn_manifest *m, struct bn_pack_options o)
+{
+    struct bn_error err = BN_ERROR_INIT;
+    struct bn_pack_writer *w = NULL;
+    o.flags = BN_PACK_NOSYNC;
+    bn_pack_writer_open(dirfd, m->key, m->n_chunks, &o, &w, &err);
+    no_error(&err);
+    return w;
+}
+
+/* Chunk i of the image has the bytes of seed seeds[i]; seed 0 is the zero chunk. */
+static inline void put(struct bn_pack_writer *w, const uint64_t *seeds, uint32_t n)
+{
+    struct bn_error err = BN_ERROR_INIT;
+    uint8_t *buf = buffer(1);
+    for (uint32_t i = 0; i < n; i++) {
+        fill(seeds[i], buf);
+        bn_pack_writer_add(w, i, seeds[i] ? buf : NULL, &err);
+        no_error(&err);
+    }
+    free(buf);
+}
+
+static inline void finish(const struct folder *f, struct bn_pack_writer *w, struct bn_manifest *m,
+                          struct bn_pack_stats *stats)
+{
+    struct bn_error err = BN_ERROR_INIT;
+    bn_pack_writer_finish(w, m, &err);
+    no_error(&err);
+    bn_pack_writer_stats(w, stats);
+    bn_image_save(f->fd, m, &err);
+    no_error(&err);
+    bn_pack_writer_close(w);
+}
+
+static inline struct bn_manifest *image(const struct folder *f, const uint64_t *seeds, uint32_t n,
+                                        const struct bn_pack_parent *parent, struct bn_pack_options o,
+                                        struct bn_pack_stats *stats)
+{
+    struct bn_pack_stats unused;
+    struct bn_manifest *m = manifest(n);
+    if (parent) {
+        memcpy(m->key, parent->m->key, sizeof(m->key));
+        o.parents = parent;
+        o.nparents = 1;
+    }
+    struct bn_pack_writer *w = writer(f->fd, m, o);
+    put(w, seeds, n);
+    finish(f, w, m, stats ? stats : &unused);
+    return m;
+}
+
+/* The folder alone has these bytes: read as a stranger would. */
+static inline void check(const struct folder *f, const uint64_t *seeds, uint32_t n)
+{
+    struct bn_error err = BN_ERROR_INIT;
+    bn_auto_manifest struct bn_manifest *m = NULL;
+    struct bn_pack_reader *r = NULL;
+    bn_image_load(f->fd, &m, &err);
+    no_error(&err);
+    assert_int_equal(m->n_chunks, n);
+    bn_pack_reader_open(f->fd, m, &r, &err);
+    no_error(&err);
+    uint8_t *want = buffer(1), *got = buffer(1);
+    for (uint32_t i = 0; i < n; i++) {
+        if (seeds[i])
+            fill(seeds[i], want);
+        else
+            memset(want, 0, CHUNK);
+        bn_pack_reader_read(r, i, got, &err);
+        no_error(&err);
+        assert_int_equal(memcmp(want, got, CHUNK), 0);
+    }
+    free(want);
+    free(got);
+    bn_pack_reader_free(r);
+}
+
+static inline void packs_in(const struct folder *f, unsigned *n, unsigned *shared)
+{
+    *n = *shared = 0;
+    for (unsigned i = 0; i < 64; i++) {
+        char name[BN_PACK_NAME_MAX];
+        struct stat st;
+        snprintf(name, sizeof(name), BN_PACK_NAME, i);
+        if (fstatat(f->fd, name, &st, AT_SYMLINK_NOFOLLOW) == 0) {
+            ++*n;
+            *shared += st.st_nlink > 1;
+        }
+    }
+}
+
+static inline void remove_folder(struct folder *f)
+{
+    char command[128];
+    f->fd = bn_close(f->fd);
+    snprintf(command, sizeof(command), "rm -r %s", f->path);
+    assert_int_equal(system(command), 0);
 }
