@@ -37,53 +37,98 @@ static CUresult create(struct bn_seg *seg, const struct bn_device *d)
     return r;
 }
 
-/* A segment of its own, mapped somewhere, for `bytes`. On error nothing is left; CUDA_ERROR_UNKNOWN where the driver should be
- * asked for memory of its own. */
-static CUresult convert_locked(CUdevice dev, CUcontext ctx, size_t bytes, CUdeviceptr *out)
+/* A new segment of ctx's, mapped somewhere. On error nothing is left; CUDA_ERROR_OUT_OF_MEMORY or CUDA_ERROR_UNKNOWN. */
+static CUresult segment_locked(CUdevice dev, CUcontext ctx, uint64_t size, struct bn_seg **out)
 {
-    const struct bn_device *d = &bn_track.devices[dev];
-    uint64_t size = (bytes + d->granularity - 1) & ~(d->granularity - 1);
     CUdeviceptr va;
-    CUresult r = bn_real.cuMemAddressReserve(&va, size, 0, 0, 0);
-    if (r != CUDA_SUCCESS)
+    if (bn_real.cuMemAddressReserve(&va, size, 0, 0, 0) != CUDA_SUCCESS)
         return CUDA_ERROR_UNKNOWN;
-
-    struct bn_alloc *a = bn_pool_get(&bn_track.alloc_pool);
     struct bn_seg *seg = bn_seg_new_locked(BN_SEG_ALLOC, dev, size);
     struct bn_map *map = seg ? bn_map_new_locked(seg, va, size, 0) : NULL;
-    if (map)
-        seg->reserved = true;
-    if (!a || !map || bn_tree_find(&bn_track.allocs, va)) {
-        r = CUDA_ERROR_UNKNOWN;
-        goto fail;
+    CUresult r = map ? create(seg, &bn_track.devices[dev]) : CUDA_ERROR_UNKNOWN;
+    if (r == CUDA_SUCCESS)
+        r = bn_real.cuMemMap(va, size, 0, seg->real, 0);
+    if (r == CUDA_SUCCESS) {
+        map->mapped = true;
+        map->rw = access_of_locked(ctx, dev);
+        r = bn_map_apply_access_locked(map);
     }
-    r = create(seg, d);
-    if (r != CUDA_SUCCESS)
-        goto fail;
-    r = bn_real.cuMemMap(va, size, 0, seg->real, 0);
-    if (r != CUDA_SUCCESS)
-        goto fail;
-    map->mapped = true;
-    map->rw = access_of_locked(ctx, dev);
-    r = bn_map_apply_access_locked(map);
-    if (r != CUDA_SUCCESS)
-        goto fail;
+    if (r == CUDA_SUCCESS) {
+        seg->reserved = true;
+        seg->ctx = ctx;
+        *out = seg;
+        return CUDA_SUCCESS;
+    }
+    if (seg)
+        bn_seg_destroy_locked(seg);
+    bn_real.cuMemAddressFree(va, size);
+    return r == CUDA_ERROR_OUT_OF_MEMORY ? r : CUDA_ERROR_UNKNOWN;
+}
+
+#define SLAB_MAX (64u << 20)
+
+/* `size` bytes, whole units, at *offset of a segment: of one that has room, of a new slab, or alone. Errors as above. */
+static CUresult place_locked(CUdevice dev, CUcontext ctx, uint64_t size, struct bn_seg **seg,
+                             uint64_t *offset)
+{
+    uint64_t unit = bn_track.devices[dev].granularity;
+    uint64_t most = SLAB_MAX / unit < BN_SLAB_UNITS ? SLAB_MAX / unit : BN_SLAB_UNITS;
+    struct bn_ctx *c = size / unit <= most / BN_SLAB_SHARE ? bn_ctx_find_locked(ctx) : NULL;
+    *offset = 0;
+    if (!c)
+        return segment_locked(dev, ctx, size, seg);
+    unsigned units = (unsigned)(size / unit), at;
+    struct bn_slab *slab = bn_slab_take(&c->slabs, units, &at);
+    if (slab) {
+        *seg = (struct bn_seg *)(void *)((char *)slab - offsetof(struct bn_seg, slab));
+        *offset = at * unit;
+        return CUDA_SUCCESS;
+    }
+    c->dev = dev;
+    CUresult r = CUDA_ERROR_OUT_OF_MEMORY;
+    for (unsigned n = bn_slab_wish(&c->slabs, units, (unsigned)most); n && r == CUDA_ERROR_OUT_OF_MEMORY;
+         n = bn_slab_wish_less(n, units)) {
+        r = segment_locked(dev, ctx, n * unit, seg);
+        if (r == CUDA_SUCCESS)
+            bn_slab_add(&c->slabs, &(*seg)->slab, n, units);
+    }
+    return r;
+}
+
+/* What the driver put in a place and took away unseen: the place is ours now. */
+static void drop_stale_locked(CUdeviceptr va)
+{
+    struct bn_alloc *a = BN_CONTAINER(bn_tree_find(&bn_track.allocs, va), struct bn_alloc, by_va);
+    if (!a)
+        return;
+    bn_tree_remove(&bn_track.allocs, &a->by_va);
+    bn_alloc_retire_locked(a);
+    bn_pool_put(&bn_track.alloc_pool, a);
+}
+
+/* Memory that can be taken away. On error nothing is left; CUDA_ERROR_UNKNOWN where the driver should be asked for memory of its
+ * own. */
+static CUresult convert_locked(CUdevice dev, CUcontext ctx, size_t bytes, CUdeviceptr *out)
+{
+    uint64_t unit = bn_track.devices[dev].granularity, offset;
+    struct bn_alloc *a = bn_pool_get(&bn_track.alloc_pool);
+    if (!a)
+        return CUDA_ERROR_UNKNOWN;
+    CUresult r = place_locked(dev, ctx, (bytes + unit - 1) & ~(unit - 1), &a->seg, &offset);
+    if (r != CUDA_SUCCESS) {
+        bn_pool_put(&bn_track.alloc_pool, a);
+        return r;
+    }
+    CUdeviceptr va = a->seg->maps->by_va.key + offset;
     a->bytes = bytes;
-    a->seg = seg;
     a->ctx = ctx;
     a->dev = dev;
+    a->id = ++bn_track.last_id;
+    drop_stale_locked(va);
     bn_tree_insert(&bn_track.allocs, &a->by_va, va);
     bn_page_add(&bn_agent_page()->allocations, 1);
     *out = va;
     return CUDA_SUCCESS;
-
-fail:
-    bn_pool_put(&bn_track.alloc_pool, a);
-    if (seg)
-        bn_seg_destroy_locked(seg);
-    if (!map)
-        bn_real.cuMemAddressFree(va, size);
-    return r == CUDA_ERROR_OUT_OF_MEMORY ? r : CUDA_ERROR_UNKNOWN;
 }
 
 /* A primary context that was reset stays current and tells its device; the driver knows that it is dead. */
@@ -91,9 +136,8 @@ static bool is_dead(CUcontext ctx, CUdevice dev)
 {
     {
         BN_LOCKED();
-        for (const struct bn_ctx *c = bn_track.ctxs; c; c = c->next)
-            if (c->ctx == ctx)
-                return false;
+        if (bn_ctx_find_locked(ctx))
+            return false;
     }
     return !bn_ctx_primary(dev);
 }
@@ -228,27 +272,21 @@ CUresult bn_wrap_cuMemAllocManaged(CUdeviceptr *dptr, size_t bytesize, unsigned 
 
 /* ---- freeing --------------------------------------------------------------------------------------- */
 
-/* Take the allocation that begins at p out of the table, so that nobody else frees it: a copy in *out. */
-static bool claim(CUdeviceptr p, struct bn_alloc *out)
+/* Take the allocation that begins at p out of the table, so that nobody else frees it. NULL: there is none. */
+static struct bn_alloc *claim(CUdeviceptr p)
 {
     BN_LOCKED();
     struct bn_alloc *a = BN_CONTAINER(bn_tree_find(&bn_track.allocs, p), struct bn_alloc, by_va);
     if (!a || a->opens) /* what an IPC handle opened is closed, not freed */
-        return false;
-    *out = *a;
+        return NULL;
     bn_tree_remove(&bn_track.allocs, &a->by_va);
-    bn_pool_put(&bn_track.alloc_pool, a);
-    return true;
+    return a;
 }
 
-static void unclaim(CUdeviceptr p, const struct bn_alloc *was)
+static void unclaim(struct bn_alloc *a)
 {
     BN_LOCKED();
-    struct bn_alloc *a = bn_pool_get(&bn_track.alloc_pool); /* one was just put back */
-    if (!a)
-        return;
-    *a = *was;
-    bn_tree_insert(&bn_track.allocs, &a->by_va, p);
+    bn_tree_insert(&bn_track.allocs, &a->by_va, a->by_va.key);
 }
 
 /* The driver's cuMemFree waits for work that may use the memory; unmapping does not. */
@@ -270,73 +308,71 @@ static CUresult wait_for_users(CUcontext ctx)
     return r;
 }
 
-static void free_later_locked(struct bn_seg *seg)
+static void free_later_locked(struct bn_alloc *a)
 {
-    seg->next = bn_track.later;
-    bn_store(&bn_track.later, seg);
+    a->next = bn_track.later;
+    bn_store(&bn_track.later, a);
 }
 
 void bn_free_later(void)
 {
     while (bn_load(&bn_track.later)) {
-        struct bn_seg *seg;
+        struct bn_alloc *a;
         {
             BN_LOCKED();
-            seg = bn_track.later;
-            if (!seg || bn_track.captures.count)
+            a = bn_track.later;
+            if (!a || bn_track.captures.count)
                 return;
-            bn_store(&bn_track.later, seg->next);
+            bn_store(&bn_track.later, a->next);
         }
-        CUresult r = seg->user ? wait_for_users(seg->user) : CUDA_SUCCESS;
+        CUresult r = a->ctx ? wait_for_users(a->ctx) : CUDA_SUCCESS;
         BN_LOCKED();
         if (r == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) { /* one has just begun */
-            free_later_locked(seg);
+            free_later_locked(a);
             return;
         }
-        bn_seg_destroy_locked(seg);
+        bn_alloc_release_locked(a);
     }
 }
 
-static CUresult free_converted(CUdeviceptr p, struct bn_alloc *a)
+/* Room in a slab is given to others only after the waiting, too. */
+static CUresult free_converted(struct bn_alloc *a)
 {
     bool capturing = bn_capture_any();
     CUresult r = capturing ? bn_capture_probe() : wait_for_users(a->ctx);
     if (r != CUDA_SUCCESS) {
-        unclaim(p, a);
+        unclaim(a);
         return r;
     }
-    bn_page_add(&bn_agent_page()->allocations, -1);
     BN_LOCKED();
-    if (capturing) {
-        /* A context with a capture in it cannot be waited for: the memory goes when the capture has ended. */
-        a->seg->user = a->ctx;
-        free_later_locked(a->seg);
-    } else {
-        bn_seg_destroy_locked(a->seg);
-    }
+    bn_alloc_retire_locked(a);
+    if (capturing) /* a context with a capture in it cannot be waited for: the memory goes when the capture has ended */
+        free_later_locked(a);
+    else
+        bn_alloc_release_locked(a);
     return CUDA_SUCCESS;
 }
 
-static void uncount_native(struct bn_alloc *a)
+static void free_native(struct bn_alloc *a)
 {
-    struct bn_agent_page *page = bn_agent_page();
-    bn_unshare_locked(&a->shared);
-    bn_page_add(a->managed ? &page->blockers.managed_bytes : &page->native_bytes, -(int64_t)a->bytes);
+    BN_LOCKED();
+    bn_alloc_retire_locked(a);
+    bn_alloc_release_locked(a);
 }
 
 CUresult bn_wrap_cuMemFree_v2(CUdeviceptr dptr)
 {
     BN_GATED();
-    struct bn_alloc a;
-    if (!claim(dptr, &a))
+    struct bn_alloc *a = claim(dptr);
+    if (!a)
         return bn_real.cuMemFree_v2(dptr);
-    if (a.seg)
-        return free_converted(dptr, &a);
+    if (a->seg)
+        return free_converted(a);
     CUresult r = bn_real.cuMemFree_v2(dptr);
     if (r == CUDA_SUCCESS)
-        uncount_native(&a);
+        free_native(a);
     else
-        unclaim(dptr, &a);
+        unclaim(a);
     return r;
 }
 
@@ -345,16 +381,16 @@ CUresult bn_wrap_cuMemFree_v2(CUdeviceptr dptr)
 static CUresult free_async(CUdeviceptr dptr, CUstream stream, CUresult (*wait)(CUstream),
                            CUresult (*real)(CUdeviceptr, CUstream))
 {
-    struct bn_alloc a;
-    if (!claim(dptr, &a))
+    struct bn_alloc *a = claim(dptr);
+    if (!a)
         return real(dptr, stream);
-    CUresult r = a.seg ? wait(stream) : real(dptr, stream);
+    CUresult r = a->seg ? wait(stream) : real(dptr, stream);
     if (r != CUDA_SUCCESS)
-        unclaim(dptr, &a);
-    else if (a.seg)
-        r = free_converted(dptr, &a);
+        unclaim(a);
+    else if (a->seg)
+        r = free_converted(a);
     else
-        uncount_native(&a);
+        free_native(a);
     return r;
 }
 
@@ -372,24 +408,24 @@ CUresult bn_wrap_cuMemFreeAsync_ptsz(CUdeviceptr dptr, CUstream hStream)
 
 /* ---- asking ---------------------------------------------------------------------------------------- */
 
-/* The converted allocation that holds p, copied; its address in *base. */
-static bool converted_at(CUdeviceptr p, struct bn_alloc *out, CUdeviceptr *base)
+/* The converted allocation that holds *p, copied. If there is none *p becomes what the driver may be asked about. */
+static bool converted_at(CUdeviceptr *p, struct bn_alloc *out)
 {
     BN_LOCKED();
-    struct bn_alloc *a = bn_alloc_at_locked(p);
-    if (!a || !a->seg)
-        return false;
-    *out = *a;
-    *base = a->by_va.key;
-    return true;
+    struct bn_alloc *a = bn_alloc_at_locked(*p);
+    if (a && a->seg) {
+        *out = *a;
+        return true;
+    }
+    *p = bn_address_locked(*p);
+    return false;
 }
 
 CUresult bn_wrap_cuMemGetAddressRange_v2(CUdeviceptr *pbase, size_t *psize, CUdeviceptr dptr)
 {
     BN_GATED();
     struct bn_alloc a;
-    CUdeviceptr base;
-    if (!converted_at(dptr, &a, &base))
+    if (!converted_at(&dptr, &a))
         return bn_real.cuMemGetAddressRange_v2(pbase, psize, dptr);
     /* The driver is asked all the same, for what it says of the thread; of the memory it knows another size, if any. */
     CUresult r = bn_real.cuMemGetAddressRange_v2(pbase, psize, dptr);
@@ -398,37 +434,40 @@ CUresult bn_wrap_cuMemGetAddressRange_v2(CUdeviceptr *pbase, size_t *psize, CUde
     if (!pbase && !psize)
         return r;
     if (pbase)
-        *pbase = base;
+        *pbase = a.by_va.key;
     if (psize)
         *psize = a.bytes;
     return CUDA_SUCCESS;
 }
 
-/* Attributes in which VMM memory differs from cuMemAlloc's, as cuMemAlloc's would be. False: the driver's answer holds. */
-static bool attribute_of(const struct bn_alloc *a, CUdeviceptr base, CUpointer_attribute attribute,
-                         void *data)
+/* Attributes in which VMM memory, or a part of a slab, differs from cuMemAlloc's, as cuMemAlloc's would be. Nothing is done where
+ * the driver's answer holds. */
+static void attribute_of(const struct bn_alloc *a, CUpointer_attribute attribute, void *data)
 {
     switch (attribute) {
-    case CU_POINTER_ATTRIBUTE_CONTEXT: *(CUcontext *)data = a->ctx; return true;
-    case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR: *(CUdeviceptr *)data = base; return true;
-    case CU_POINTER_ATTRIBUTE_RANGE_SIZE: *(size_t *)data = a->bytes; return true;
-    case CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES: *(uint64_t *)data = 0; return true;
-    case CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE: *(CUmemoryPool *)data = NULL; return true;
-    case CU_POINTER_ATTRIBUTE_SYNC_MEMOPS: *(uint8_t *)data = a->sync_memops; return true;
+    case CU_POINTER_ATTRIBUTE_CONTEXT: *(CUcontext *)data = a->ctx; break;
+    case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:
+    case CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR: *(CUdeviceptr *)data = a->by_va.key; break;
+    case CU_POINTER_ATTRIBUTE_RANGE_SIZE: *(size_t *)data = a->bytes; break;
+    case CU_POINTER_ATTRIBUTE_MAPPING_SIZE: *(size_t *)data = bn_alloc_size(a); break;
+    case CU_POINTER_ATTRIBUTE_BUFFER_ID:
+    case CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID: *(uint64_t *)data = BN_BUFFER_BASE | a->id; break;
+    case CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES: *(uint64_t *)data = 0; break;
+    case CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE: *(CUmemoryPool *)data = NULL; break;
+    case CU_POINTER_ATTRIBUTE_SYNC_MEMOPS: *(uint8_t *)data = a->sync_memops; break;
     /* The driver wrote 0, in as many bytes as it likes. */
-    case CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE: *(uint8_t *)data = !a->opens; return true;
-    default: return false;
+    case CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE: *(uint8_t *)data = !a->opens; break;
+    default: break;
     }
 }
 
-static bool attribute_differs(CUpointer_attribute attribute)
+/* Of these the driver need not be asked. Of the others it may know more: what there is in its version, how many bytes it writes. */
+static bool answered_alone(CUpointer_attribute attribute)
 {
     return attribute == CU_POINTER_ATTRIBUTE_CONTEXT || attribute == CU_POINTER_ATTRIBUTE_RANGE_START_ADDR ||
            attribute == CU_POINTER_ATTRIBUTE_RANGE_SIZE ||
            attribute == CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES ||
-           attribute == CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE ||
-           attribute == CU_POINTER_ATTRIBUTE_SYNC_MEMOPS ||
-           attribute == CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE;
+           attribute == CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE || attribute == CU_POINTER_ATTRIBUTE_SYNC_MEMOPS;
 }
 
 /* Memory of the application's own cuMemCreate can be exported because we made it so; it is told what it asked for. */
@@ -446,14 +485,12 @@ CUresult bn_wrap_cuPointerGetAttribute(void *data, CUpointer_attribute attribute
 {
     BN_GATED();
     struct bn_alloc a;
-    CUdeviceptr base;
-    bool ours = data && attribute_differs(attribute) && converted_at(ptr, &a, &base);
-    if (ours && attribute != CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE &&
-        attribute_of(&a, base, attribute, data))
-        return CUDA_SUCCESS;
-    CUresult r = bn_real.cuPointerGetAttribute(data, attribute, ptr);
+    bool ours = converted_at(&ptr, &a) && data;
+    CUresult r = CUDA_SUCCESS;
+    if (!ours || !answered_alone(attribute))
+        r = bn_real.cuPointerGetAttribute(data, attribute, ptr);
     if (r == CUDA_SUCCESS && ours)
-        attribute_of(&a, base, attribute, data);
+        attribute_of(&a, attribute, data);
     else if (r == CUDA_SUCCESS)
         correct_own_vmm(ptr, attribute, data);
     return r;
@@ -463,20 +500,14 @@ CUresult bn_wrap_cuPointerGetAttributes(unsigned int numAttributes, CUpointer_at
                                         void **data, CUdeviceptr ptr)
 {
     BN_GATED();
+    struct bn_alloc a;
+    bool ours = converted_at(&ptr, &a);
     CUresult r = bn_real.cuPointerGetAttributes(numAttributes, attributes, data, ptr);
     if (r != CUDA_SUCCESS || !attributes || !data)
         return r;
-    struct bn_alloc a;
-    CUdeviceptr base;
-    bool differs = false;
-    for (unsigned i = 0; i < numAttributes; i++)
-        differs = differs || attribute_differs(attributes[i]);
-    if (!differs)
-        return r;
-    bool ours = converted_at(ptr, &a, &base);
     for (unsigned i = 0; i < numAttributes; i++)
         if (ours && data[i])
-            attribute_of(&a, base, attributes[i], data[i]);
+            attribute_of(&a, attributes[i], data[i]);
         else
             correct_own_vmm(ptr, attributes[i], data[i]);
     return r;
@@ -488,14 +519,38 @@ CUresult bn_wrap_cuPointerSetAttribute(const void *value, CUpointer_attribute at
 {
     BN_GATED();
     struct bn_alloc a;
-    CUdeviceptr base;
+    bool ours = converted_at(&ptr, &a);
     CUresult r = bn_real.cuPointerSetAttribute(value, attribute, ptr);
-    if (r != CUDA_ERROR_NOT_SUPPORTED || attribute != CU_POINTER_ATTRIBUTE_SYNC_MEMOPS || !value ||
-        !converted_at(ptr, &a, &base))
+    if (r != CUDA_ERROR_NOT_SUPPORTED || attribute != CU_POINTER_ATTRIBUTE_SYNC_MEMOPS || !value || !ours)
         return r;
     BN_LOCKED();
     struct bn_alloc *live = bn_alloc_at_locked(ptr);
     if (live)
         live->sync_memops = *(const unsigned *)value != 0;
     return CUDA_SUCCESS;
+}
+
+CUresult bn_wrap_cuMemGetAccess(unsigned long long *flags, const CUmemLocation *location, CUdeviceptr ptr)
+{
+    BN_GATED();
+    struct bn_alloc a;
+    converted_at(&ptr, &a);
+    return bn_real.cuMemGetAccess(flags, location, ptr);
+}
+
+/* Free room in slabs is free for a program that asks about itself. */
+CUresult bn_wrap_cuMemGetInfo_v2(size_t *free_bytes, size_t *total)
+{
+    BN_GATED();
+    CUdevice dev;
+    CUresult r = bn_real.cuMemGetInfo_v2(free_bytes, total);
+    if (r != CUDA_SUCCESS || !free_bytes || !total || bn_real.cuCtxGetDevice(&dev) != CUDA_SUCCESS)
+        return r;
+    BN_LOCKED();
+    uint64_t room = 0;
+    for (const struct bn_ctx *c = bn_track.ctxs; c; c = c->next)
+        if (c->dev == dev && dev >= 0 && dev < (int)BN_GPUS_MAX)
+            room += c->slabs.room * bn_track.devices[dev].granularity;
+    *free_bytes = *free_bytes + room < *total ? *free_bytes + room : *total;
+    return r;
 }

@@ -194,40 +194,46 @@ static bool other_peer_of_device_locked(const struct bn_peer *except, CUcontext 
     return false;
 }
 
-/* Give device `dev` access, or take it, to every converted allocation of context `to`. On error all is as it was. */
+static bool is_of(const struct bn_seg *seg, CUcontext ctx)
+{
+    return seg->kind == BN_SEG_ALLOC && seg->ctx == ctx;
+}
+
+/* Give device `dev` access, or take it, to every converted allocation of context `to`: what shares a segment is of one context.
+ * On error all is as it was. */
 static CUresult mirror_locked(CUcontext to, CUdevice dev, bool on)
 {
     CUmemAccessDesc desc = {{CU_MEM_LOCATION_TYPE_DEVICE, dev},
                             on ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE : CU_MEM_ACCESS_FLAGS_PROT_NONE};
     uint64_t bit = 1ULL << dev, failed_at = 0;
     CUresult r = CUDA_SUCCESS;
-    BN_TREE_EACH(&bn_track.allocs, n)
+    BN_TREE_EACH(&bn_track.segs, n)
     {
-        struct bn_alloc *a = BN_CONTAINER(n, struct bn_alloc, by_va);
-        if (!a->seg || a->opens || a->ctx != to || a->dev == dev)
+        struct bn_seg *seg = BN_CONTAINER(n, struct bn_seg, by_id);
+        if (!is_of(seg, to) || seg->dev == dev)
             continue;
-        r = bn_real.cuMemSetAccess(n->key, a->seg->size, &desc, 1);
+        r = bn_real.cuMemSetAccess(seg->maps->by_va.key, seg->size, &desc, 1);
         if (r != CUDA_SUCCESS) {
             failed_at = n->key;
             break;
         }
         if (on)
-            a->seg->maps->rw |= bit;
+            seg->maps->rw |= bit;
         else
-            a->seg->maps->rw &= ~bit;
+            seg->maps->rw &= ~bit;
     }
     if (r == CUDA_SUCCESS || !on)
         return r;
     desc.flags = CU_MEM_ACCESS_FLAGS_PROT_NONE;
-    BN_TREE_EACH(&bn_track.allocs, n)
+    BN_TREE_EACH(&bn_track.segs, n)
     {
-        struct bn_alloc *a = BN_CONTAINER(n, struct bn_alloc, by_va);
+        struct bn_seg *seg = BN_CONTAINER(n, struct bn_seg, by_id);
         if (n->key >= failed_at)
             break;
-        if (!a->seg || a->opens || a->ctx != to || a->dev == dev)
+        if (!is_of(seg, to) || seg->dev == dev)
             continue;
-        bn_real.cuMemSetAccess(n->key, a->seg->size, &desc, 1);
-        a->seg->maps->rw &= ~bit;
+        bn_real.cuMemSetAccess(seg->maps->by_va.key, seg->size, &desc, 1);
+        seg->maps->rw &= ~bit;
     }
     return r;
 }

@@ -24,27 +24,30 @@
 #define SYS_pidfd_getfd 438
 #endif
 
-static const char magic[8] = "bennuipc";
+static const char magic[8] = "bennuip2"; /* the first had no offset, and must not be mistaken for this */
 
 struct handle {
     char magic[8];
     uint32_t pid; /* in the exporter's pid namespace, which the opener must share */
     int32_t fd;
     uint8_t instance[16]; /* of the exporter's agent */
-    uint64_t id;          /* segment */
-    uint64_t size, bytes; /* mapped, and as asked for */
-    uint64_t zero;
+    uint64_t id;          /* of the allocation */
+    uint64_t size, bytes; /* of the segment, and as asked for */
+    uint64_t offset;      /* in the segment */
 };
 _Static_assert(sizeof(struct handle) == sizeof(CUipcMemHandle), "fills the driver's handle");
 
 /* ---- the owner -------------------------------------------------------------------------------------- */
 
-/* A descriptor for openers to fetch, kept until the memory is freed or evicted. */
-static CUresult offer_locked(struct bn_seg *seg)
+/* A descriptor for openers to fetch, kept until the memory is freed or evicted. Each allocation has one of its own, even where
+ * several stand for the same segment: when one is freed, its handle is void. */
+static CUresult offer_locked(struct bn_alloc *a)
 {
+    struct bn_seg *seg = a->seg;
     int fd = -1;
-    if (bn_kept_valid(&seg->offered))
+    if (bn_kept_valid(&a->offered))
         return CUDA_SUCCESS;
+    bn_ipc_forget_locked(a); /* the program closed it */
     if (seg->kept.fd) {
         fd = bn_kept_valid(&seg->kept) ? fcntl(seg->kept.fd, F_DUPFD_CLOEXEC, 0) : -1;
         if (fd < 0)
@@ -55,34 +58,49 @@ static CUresult offer_locked(struct bn_seg *seg)
         if (r != CUDA_SUCCESS)
             return r;
     }
-    if (bn_kept_take(&seg->offered, fd) < 0) {
+    if (bn_kept_take(&a->offered, fd) < 0) {
         close(fd);
         return CUDA_ERROR_OPERATING_SYSTEM;
     }
+    a->next = seg->offers;
+    seg->offers = a;
     prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0);
     return CUDA_SUCCESS;
 }
 
-/* Make the offered number stand for the file of `from`. */
+/* Make the offered numbers stand for the file of `from`. */
 static void put_in_place(struct bn_seg *seg, int from)
 {
     struct stat st;
-    int fd = seg->offered.fd;
-    if (!bn_kept_valid(&seg->offered) || from < 0 || dup3(from, fd, O_CLOEXEC) < 0 || bn_fstat(fd, &st) < 0)
-        return;
-    seg->offered = (struct bn_kept){fd, st.st_dev, st.st_rdev, st.st_ino};
+    for (struct bn_alloc *a = seg->offers; a; a = a->next) {
+        int fd = a->offered.fd;
+        if (bn_kept_valid(&a->offered) && from >= 0 && dup3(from, fd, O_CLOEXEC) >= 0 &&
+            bn_fstat(fd, &st) == 0)
+            a->offered = (struct bn_kept){fd, st.st_dev, st.st_rdev, st.st_ino};
+    }
 }
 
 void bn_ipc_withdraw_locked(struct bn_seg *seg)
 {
-    if (seg->offered.fd)
+    if (seg->offers)
         put_in_place(seg, bn_agent_placeholder());
 }
 
 void bn_ipc_offer_again_locked(struct bn_seg *seg)
 {
-    if (seg->offered.fd && bn_kept_valid(&seg->kept))
+    if (seg->offers && bn_kept_valid(&seg->kept))
         put_in_place(seg, seg->kept.fd);
+}
+
+void bn_ipc_forget_locked(struct bn_alloc *a)
+{
+    if (!a->offered.fd)
+        return;
+    struct bn_alloc **at = &a->seg->offers;
+    while (*at != a)
+        at = &(*at)->next;
+    *at = a->next;
+    bn_kept_close(&a->offered);
 }
 
 CUresult bn_wrap_cuIpcGetMemHandle(CUipcMemHandle *pHandle, CUdeviceptr dptr)
@@ -91,23 +109,24 @@ CUresult bn_wrap_cuIpcGetMemHandle(CUipcMemHandle *pHandle, CUdeviceptr dptr)
     bn_lock(&bn_track.lock);
     struct bn_alloc *a = pHandle ? bn_alloc_at_locked(dptr) : NULL;
     if (!a || !a->seg) {
-        CUresult r = bn_real.cuIpcGetMemHandle(pHandle, dptr);
+        CUresult r = bn_real.cuIpcGetMemHandle(pHandle, bn_address_locked(dptr));
         if (r == CUDA_SUCCESS)
             bn_share_locked(a ? &a->shared : NULL, BN_SHARED_IPC_NATIVE);
         bn_unlock(&bn_track.lock);
         return r;
     }
-    CUresult r = a->seg->kind == BN_SEG_ALLOC ? offer_locked(a->seg) : CUDA_ERROR_INVALID_VALUE;
+    CUresult r = a->seg->kind == BN_SEG_ALLOC ? offer_locked(a) : CUDA_ERROR_INVALID_VALUE;
     if (r == CUDA_SUCCESS) {
         struct handle h = {.pid = (uint32_t)getpid(),
-                           .fd = a->seg->offered.fd,
-                           .id = a->seg->by_id.key,
+                           .fd = a->offered.fd,
+                           .id = a->id,
                            .size = a->seg->size,
-                           .bytes = a->bytes};
+                           .bytes = a->bytes,
+                           .offset = a->by_va.key - a->seg->maps->by_va.key};
         memcpy(h.magic, magic, sizeof(h.magic));
         memcpy(h.instance, bn_agent_page()->instance, sizeof(h.instance));
         memcpy(pHandle, &h, sizeof(h));
-        bn_share_locked(&a->seg->shared, BN_SHARED_IPC);
+        bn_share_locked(&a->shared, BN_SHARED_IPC);
     }
     bn_unlock(&bn_track.lock);
     return r;
@@ -137,7 +156,7 @@ static struct bn_alloc *already_open_locked(const struct handle *h, CUcontext ct
     return NULL;
 }
 
-/* Import and map what fd stands for. On error nothing is left. */
+/* Import and map what fd stands for, which is a whole segment: the driver maps no part of one. On error nothing is left. */
 static CUresult map_foreign_locked(const struct handle *h, int fd, CUcontext ctx, CUdevice dev,
                                    CUdeviceptr *out)
 {
@@ -150,7 +169,7 @@ static CUresult map_foreign_locked(const struct handle *h, int fd, CUcontext ctx
     struct bn_map *map = seg ? bn_map_new_locked(seg, va, h->size, 0) : NULL;
     if (map)
         seg->reserved = true;
-    r = a && map && !bn_tree_find(&bn_track.allocs, va) ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+    r = a && map && !bn_tree_find(&bn_track.allocs, va + h->offset) ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
     if (r == CUDA_SUCCESS)
         r = bn_real.cuMemImportFromShareableHandle(&seg->real, (void *)(intptr_t)fd,
                                                    CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
@@ -175,12 +194,13 @@ static CUresult map_foreign_locked(const struct handle *h, int fd, CUcontext ctx
     a->seg = seg;
     a->ctx = ctx;
     a->dev = dev;
+    a->id = ++bn_track.last_id;
     a->opens = 1;
     a->origin_id = h->id;
     memcpy(a->origin, h->instance, sizeof(a->origin));
     bn_opened_locked(a->origin, 1);
-    bn_tree_insert(&bn_track.allocs, &a->by_va, va);
-    *out = va;
+    bn_tree_insert(&bn_track.allocs, &a->by_va, va + h->offset);
+    *out = va + h->offset;
     return CUDA_SUCCESS;
 }
 
@@ -193,8 +213,8 @@ static CUresult open_ours(const struct handle *h, unsigned flags, CUdeviceptr *o
         r = bn_real.cuCtxGetCurrent(&ctx);
     if (r != CUDA_SUCCESS)
         return r;
-    if (flags & ~(unsigned)CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS || h->bytes > h->size || dev < 0 ||
-        dev >= (int)BN_GPUS_MAX)
+    if (flags & ~(unsigned)CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS || h->offset > h->size ||
+        h->bytes > h->size - h->offset || dev < 0 || dev >= (int)BN_GPUS_MAX)
         return CUDA_ERROR_INVALID_VALUE;
     if (memcmp(h->instance, bn_agent_page()->instance, sizeof(h->instance)) == 0)
         return CUDA_ERROR_INVALID_CONTEXT; /* the driver's answer in the process that made the handle */
@@ -244,31 +264,28 @@ CUresult bn_wrap_cuIpcOpenMemHandle_v2(CUdeviceptr *pdptr, CUipcMemHandle handle
     return count_native(bn_real.cuIpcOpenMemHandle_v2(pdptr, handle, Flags));
 }
 
-/* 1: ours and closed for good, *ctx is to be waited for and the segment to be destroyed; 0: ours, still open; -1: not ours. */
-static int close_ours_locked(CUdeviceptr dptr, struct bn_seg **seg, CUcontext *ctx)
+/* 1: ours and closed for good, its context is to be waited for and *out to be released; 0: ours, still open; -1: not ours. */
+static int close_ours_locked(CUdeviceptr dptr, struct bn_alloc **out)
 {
     struct bn_alloc *a = BN_CONTAINER(bn_tree_find(&bn_track.allocs, dptr), struct bn_alloc, by_va);
     if (!a || !a->opens)
         return -1;
     if (--a->opens)
         return 0;
-    *seg = a->seg;
-    *ctx = a->ctx;
-    bn_opened_locked(a->origin, -1);
     bn_tree_remove(&bn_track.allocs, &a->by_va);
-    bn_pool_put(&bn_track.alloc_pool, a);
+    bn_alloc_retire_locked(a);
+    *out = a;
     return 1;
 }
 
 CUresult bn_wrap_cuIpcCloseMemHandle(CUdeviceptr dptr)
 {
     BN_GATED();
-    struct bn_seg *seg = NULL;
-    CUcontext ctx = NULL;
+    struct bn_alloc *a = NULL;
     int closed;
     {
         BN_LOCKED();
-        closed = close_ours_locked(dptr, &seg, &ctx);
+        closed = close_ours_locked(dptr, &a);
     }
     if (closed < 0) {
         CUresult r = bn_real.cuIpcCloseMemHandle(dptr);
@@ -278,9 +295,9 @@ CUresult bn_wrap_cuIpcCloseMemHandle(CUdeviceptr dptr)
     }
     if (closed == 0)
         return CUDA_SUCCESS;
-    CUresult r = bn_ctx_synchronize(ctx);
+    CUresult r = bn_ctx_synchronize(a->ctx);
     BN_LOCKED();
-    bn_seg_destroy_locked(seg);
+    bn_alloc_release_locked(a);
     return r;
 }
 

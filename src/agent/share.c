@@ -70,7 +70,7 @@ static void share_range_locked(CUdeviceptr ptr, size_t size, unsigned way)
 {
     struct bn_alloc *a = bn_alloc_at_locked(ptr);
     struct bn_map *map = bn_map_at_locked(ptr);
-    if (!map) {
+    if (a || !map) {
         bn_share_locked(a ? &a->shared : NULL, way);
         return;
     }
@@ -79,14 +79,25 @@ static void share_range_locked(CUdeviceptr ptr, size_t size, unsigned way)
         bn_share_locked(&BN_CONTAINER(n, struct bn_map, by_va)->seg->shared, way);
 }
 
+/* The driver would hand out memory beyond the end of an allocation of ours: what else is in the segment. */
+static bool beyond_ours_locked(CUdeviceptr ptr, size_t size)
+{
+    const struct bn_alloc *a = bn_alloc_at_locked(ptr);
+    if (!a || !a->seg)
+        return bn_address_locked(ptr) != ptr;
+    return size > a->by_va.key + bn_alloc_size(a) - ptr;
+}
+
 CUresult bn_wrap_cuMemGetHandleForAddressRange(void *handle, CUdeviceptr dptr, size_t size, int handleType,
                                                unsigned long long flags)
 {
     BN_GATED();
+    BN_LOCKED();
+    if (beyond_ours_locked(dptr, size))
+        return CUDA_ERROR_INVALID_VALUE;
     CUresult r = bn_real.cuMemGetHandleForAddressRange(handle, dptr, size, handleType, flags);
     if (r != CUDA_SUCCESS)
         return r;
-    BN_LOCKED();
     share_range_locked(dptr, size, BN_SHARED_ELSEWHERE);
     return r;
 }

@@ -101,7 +101,8 @@ void bn_track_drop(void)
     {
         struct bn_seg *seg = BN_CONTAINER(n, struct bn_seg, by_id);
         bn_kept_close(&seg->kept);
-        bn_kept_close(&seg->offered);
+        for (struct bn_alloc *a = seg->offers; a; a = a->next)
+            bn_kept_close(&a->offered);
     }
     bn_pool_drop(&t->seg_pool);
     bn_pool_drop(&t->map_pool);
@@ -195,7 +196,6 @@ void bn_seg_settle_locked(struct bn_seg *seg)
     if (seg->present)
         bn_real.cuMemRelease(seg->real);
     bn_kept_close(&seg->kept);
-    bn_kept_close(&seg->offered);
     bn_unshare_locked(&seg->shared);
     account(seg, -1);
     bn_tree_remove(&bn_track.segs, &seg->by_id);
@@ -240,6 +240,12 @@ struct bn_alloc *bn_alloc_at_locked(CUdeviceptr p)
     return a && p - a->by_va.key < a->bytes ? a : NULL;
 }
 
+CUdeviceptr bn_address_locked(CUdeviceptr p)
+{
+    const struct bn_map *map = bn_map_at_locked(p);
+    return map && map->seg->reserved && !bn_alloc_at_locked(p) ? BN_NOWHERE : p;
+}
+
 CUresult bn_map_apply_access_locked(const struct bn_map *map)
 {
     CUmemAccessDesc desc[BN_GPUS_MAX + 1];
@@ -256,26 +262,68 @@ CUresult bn_map_apply_access_locked(const struct bn_map *map)
     return n ? bn_real.cuMemSetAccess(map->by_va.key, map->size, desc, n) : CUDA_SUCCESS;
 }
 
+/* ---- allocations ----------------------------------------------------------------------------------- */
+
+uint64_t bn_alloc_size(const struct bn_alloc *a)
+{
+    uint64_t unit = bn_track.devices[a->seg->dev].granularity;
+    return (a->bytes + unit - 1) & ~(unit - 1);
+}
+
+void bn_alloc_retire_locked(struct bn_alloc *a)
+{
+    struct bn_agent_page *page = bn_agent_page();
+    bn_unshare_locked(&a->shared);
+    if (!a->seg) {
+        bn_page_add(a->managed ? &page->blockers.managed_bytes : &page->native_bytes, -(int64_t)a->bytes);
+        return;
+    }
+    bn_ipc_forget_locked(a);
+    if (a->seg->kind == BN_SEG_FOREIGN)
+        bn_opened_locked(a->origin, -1);
+    else
+        bn_page_add(&page->allocations, -1);
+}
+
+void bn_alloc_release_locked(struct bn_alloc *a)
+{
+    struct bn_seg *seg = a->seg;
+    bool last = seg != NULL;
+    if (seg && seg->slab.units) {
+        uint64_t unit = bn_track.devices[seg->dev].granularity;
+        uint64_t at = a->by_va.key - seg->maps->by_va.key;
+        last = bn_slab_put(&seg->slab, (unsigned)(at / unit), (unsigned)(bn_alloc_size(a) / unit));
+    }
+    if (last)
+        bn_seg_destroy_locked(seg);
+    bn_pool_put(&bn_track.alloc_pool, a);
+}
+
 void bn_free_later_locked(void)
 {
     while (bn_track.later && bn_track.captures.count == 0) {
-        struct bn_seg *seg = bn_track.later;
-        bn_track.later = seg->next;
-        bn_seg_destroy_locked(seg);
+        struct bn_alloc *a = bn_track.later;
+        bn_track.later = a->next;
+        bn_alloc_release_locked(a);
     }
 }
 
 /* ---- contexts ------------------------------------------------------------------------------------ */
 
+struct bn_ctx *bn_ctx_find_locked(CUcontext ctx)
+{
+    struct bn_ctx *c = bn_track.ctxs;
+    while (c && c->ctx != ctx)
+        c = c->next;
+    return c;
+}
+
 void bn_ctx_add_locked(CUcontext ctx, CUdevice dev, enum bn_ctx_kind kind, CUgreenCtx green)
 {
-    for (struct bn_ctx *c = bn_track.ctxs; c; c = c->next)
-        if (c->ctx == ctx)
-            return;
-    struct bn_ctx *c = bn_pool_get(&bn_track.ctx_pool);
+    struct bn_ctx *c = bn_ctx_find_locked(ctx) ? NULL : bn_pool_get(&bn_track.ctx_pool);
     if (!c)
         return;
-    *c = (struct bn_ctx){bn_track.ctxs, ctx, green, dev, kind};
+    *c = (struct bn_ctx){.next = bn_track.ctxs, .ctx = ctx, .green = green, .dev = dev, .kind = kind};
     bn_track.ctxs = c;
 }
 
@@ -284,6 +332,7 @@ static void forget_ctx(CUcontext ctx)
     for (struct bn_ctx **at = &bn_track.ctxs; *at;) {
         struct bn_ctx *c = *at;
         if (c->ctx == ctx) {
+            bn_slab_orphan(&c->slabs);
             *at = c->next;
             bn_pool_put(&bn_track.ctx_pool, c);
         } else {
@@ -309,22 +358,19 @@ void bn_ctx_gone_locked(CUcontext ctx, bool forget)
         if (a->ctx != ctx)
             continue;
         bn_tree_remove(&bn_track.allocs, &a->by_va);
-        struct bn_agent_page *page = bn_agent_page();
-        bn_unshare_locked(&a->shared);
-        if (a->seg) {
-            if (!a->opens)
-                bn_page_add(&page->allocations, -1);
-            else
-                bn_opened_locked(a->origin, -1);
-            bn_seg_destroy_locked(a->seg);
-        } else {
-            bn_page_add(a->managed ? &page->blockers.managed_bytes : &page->native_bytes, -(int64_t)a->bytes);
-        }
-        bn_pool_put(&bn_track.alloc_pool, a);
+        bn_alloc_retire_locked(a);
+        bn_alloc_release_locked(a);
     }
-    for (struct bn_seg *seg = bn_track.later; seg; seg = seg->next)
-        if (seg->user == ctx)
-            seg->user = NULL;
+    /* What is left of it: freed during a capture, or just being freed by another thread. */
+    for (struct bn_alloc *a = bn_track.later; a; a = a->next)
+        if (a->ctx == ctx)
+            a->ctx = NULL;
+    BN_TREE_EACH(&bn_track.segs, n)
+    {
+        struct bn_seg *seg = BN_CONTAINER(n, struct bn_seg, by_id);
+        if (seg->ctx == ctx)
+            seg->ctx = NULL;
+    }
     if (forget)
         forget_ctx(ctx);
 }

@@ -2,7 +2,7 @@
  * never by launches and copies.
  *
  * A segment is a physical VMM allocation (what travels in an eviction), a mapping is a place where one is mapped, an
- * allocation is what cuMemAlloc gave to the application. They are apart so that allocations can share a segment later on.
+ * allocation is what cuMemAlloc gave to the application. Small allocations of one context share segments (slab.h).
  *
  * Functions named ..._locked want the lock held. Unless said otherwise any thread may call, inside the gate or (the agent's own
  * thread) with the gate closed.
@@ -11,6 +11,7 @@
 
 #include "agent/api/api_table.h"
 #include "agent/mem.h"
+#include "agent/slab.h"
 #include "agent/sync.h"
 #include "wire/agent_proto.h"
 
@@ -20,6 +21,9 @@
 #define BN_CONVERT_MIN (2u << 20)
 #define BN_TOKEN_BASE 0xbe77000000000000ULL /* the driver's own handles are small numbers or addresses */
 #define BN_TOKEN_MASK 0xffff000000000000ULL
+#define BN_BUFFER_BASE 0x00be770000000000ULL /* numbers of allocations; the driver's count from 1 */
+/* What the driver is asked about in place of memory that is ours, but not the application's: nothing can be mapped there. */
+#define BN_NOWHERE ((CUdeviceptr)0x1000)
 
 enum bn_seg_kind {
     BN_SEG_ALLOC = 1, /* made by us for cuMemAlloc; the application has no handle */
@@ -39,6 +43,7 @@ struct bn_kept {
 };
 
 struct bn_map;
+struct bn_alloc;
 struct bn_seg {
     struct bn_node by_id; /* key: id; the application's handle is BN_TOKEN_BASE | id */
     enum bn_seg_kind kind;
@@ -52,11 +57,11 @@ struct bn_seg {
     CUmemAllocationProp prop; /* as the application asked */
     struct bn_map *maps;
     struct bn_kept kept;
-    struct bn_kept offered; /* for openers of its IPC handle */
-    bool reserved;          /* the address ranges of its mappings are ours */
-    unsigned shared;        /* BN_SHARED_...: given to others */
-    struct bn_seg *next;    /* on the list of those to be freed later */
-    CUcontext user;         /* there: whose work may still use it. NULL: nobody's */
+    bool reserved;           /* the address ranges of its mappings are ours */
+    unsigned shared;         /* BN_SHARED_...: given to others */
+    CUcontext ctx;           /* BN_SEG_ALLOC: in which it was allocated; NULL: that is gone */
+    struct bn_slab slab;     /* BN_SEG_ALLOC: if more than one allocation may be in it */
+    struct bn_alloc *offers; /* those in it that have IPC handles */
 };
 
 struct bn_map {
@@ -76,10 +81,13 @@ struct bn_alloc {
     CUcontext ctx;
     CUdevice dev; /* of converted ones */
     bool managed;
-    unsigned shared;    /* native: BN_SHARED_... */
-    bool sync_memops;   /* as the application set it; the driver does not know */
-    uint32_t opens;     /* memory of another process: how often its IPC handle is open here */
-    uint64_t origin_id; /* and whose it is */
+    bool sync_memops;       /* as the application set it; the driver does not know */
+    unsigned shared;        /* BN_SHARED_...: given to others */
+    uint64_t id;            /* of converted ones: no other has had it */
+    struct bn_kept offered; /* for openers of its IPC handle */
+    struct bn_alloc *next;  /* of those that are offered in its segment, or of those to be freed later */
+    uint32_t opens;         /* memory of another process: how often its IPC handle is open here */
+    uint64_t origin_id;     /* and whose it is */
     uint8_t origin[16];
 };
 
@@ -90,6 +98,7 @@ struct bn_ctx {
     CUgreenCtx green;
     CUdevice dev;
     enum bn_ctx_kind kind;
+    struct bn_slabs slabs; /* for what is allocated in it */
 };
 
 /* `from` may use what is allocated in `to`. */
@@ -114,9 +123,9 @@ struct bn_track {
     struct bn_pool seg_pool, map_pool, alloc_pool, node_pool, ctx_pool, peer_pool;
     struct bn_ctx *ctxs;
     struct bn_peer *peers;
-    struct bn_seg *later; /* freed by the application during a stream capture: gone when it has ended */
-    uint64_t last_id;
-    uint32_t capturing; /* captures.count, to be read without the lock */
+    struct bn_alloc *later; /* freed by the application during a stream capture: gone when it has ended */
+    uint64_t last_id;       /* of segments and allocations */
+    uint32_t capturing;     /* captures.count, to be read without the lock */
     struct bn_device devices[BN_GPUS_MAX];
     int device_count;
 };
@@ -161,6 +170,14 @@ static inline bool bn_seg_evictable(const struct bn_seg *seg)
 /* The mapping or allocation that holds address `p`, or NULL. Mappings by their whole size, allocations by what was asked for. */
 struct bn_map *bn_map_at_locked(CUdeviceptr p) BN_API_LOCAL;
 struct bn_alloc *bn_alloc_at_locked(CUdeviceptr p) BN_API_LOCAL;
+/* What the driver may be asked about p: BN_NOWHERE if p lies in memory of ours that the application does not have. */
+CUdeviceptr bn_address_locked(CUdeviceptr p) BN_API_LOCAL;
+/* What a converted allocation has of its segment: whole units. */
+uint64_t bn_alloc_size(const struct bn_alloc *a) BN_API_LOCAL;
+/* The application has the allocation, which is out of the tree, no more: it does not count, its IPC handle is void. */
+void bn_alloc_retire_locked(struct bn_alloc *a) BN_API_LOCAL;
+/* After that, and when nothing uses it any more: its memory is room again, or given back to the driver. Takes over `a`. */
+void bn_alloc_release_locked(struct bn_alloc *a) BN_API_LOCAL;
 /* Set the recorded access of a mapping in the driver. */
 CUresult bn_map_apply_access_locked(const struct bn_map *map) BN_API_LOCAL;
 
@@ -168,6 +185,7 @@ CUresult bn_map_apply_access_locked(const struct bn_map *map) BN_API_LOCAL;
 void bn_page_add(uint64_t *counter, int64_t delta) BN_API_LOCAL;
 
 /* Contexts. */
+struct bn_ctx *bn_ctx_find_locked(CUcontext ctx) BN_API_LOCAL; /* NULL: not known */
 void bn_ctx_add_locked(CUcontext ctx, CUdevice dev, enum bn_ctx_kind kind, CUgreenCtx green) BN_API_LOCAL;
 /* The context was destroyed or reset: what was allocated in it is gone. */
 void bn_ctx_gone_locked(CUcontext ctx, bool forget) BN_API_LOCAL;
@@ -181,6 +199,8 @@ void bn_ctx_unborrow(void) BN_API_LOCAL;
  * handles become good again. */
 void bn_ipc_withdraw_locked(struct bn_seg *seg) BN_API_LOCAL;
 void bn_ipc_offer_again_locked(struct bn_seg *seg) BN_API_LOCAL;
+/* The handle of an allocation is void from now on. */
+void bn_ipc_forget_locked(struct bn_alloc *a) BN_API_LOCAL;
 
 /* share.c: memory given to others, and taken from them, is counted in the page. */
 #define BN_SHARED_IPC 1u

@@ -273,6 +273,10 @@ static void ipc_open(const char *line)
     uint32_t *host = malloc(bytes);
     must(cu.cuMemcpyDtoH_v2(host, opened, bytes), "cuMemcpyDtoH");
     size_t wrong = opened != again || cu.cuMemFree_v2(opened) == CUDA_SUCCESS;
+    /* What lies around it in the same segment is not told of. */
+    size_t other_bytes;
+    wrong += cu.cuMemGetAddressRange_v2(NULL, &other_bytes, opened - 1) == CUDA_SUCCESS;
+    wrong += cu.cuMemGetAddressRange_v2(NULL, &other_bytes, opened + bytes) == CUDA_SUCCESS;
     for (size_t k = 0; k < bytes / 4; k++)
         wrong += host[k] != pattern(other + i, k);
     free(host);

@@ -38,6 +38,8 @@
     X(cuMemsetD32_v2)                         \
     X(cuPointerGetAttribute)                  \
     X(cuPointerGetAttributes)                 \
+    X(cuPointerSetAttribute)                  \
+    X(cuMemGetHandleForAddressRange)          \
     X(cuMemAddressReserve)                    \
     X(cuMemAddressFree)                       \
     X(cuMemCreate)                            \

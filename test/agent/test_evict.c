@@ -1,6 +1,7 @@
 /* A controller takes a program's GPU memory away and gives it back, over the daemon's own client. Every byte is checked, in the
  * controller and in the program. Needs no root. */
 #include "child.h"
+#include "hold.h"
 
 #include "base/io.h"
 #include "base/proc.h"
@@ -12,37 +13,6 @@
 
 static struct cu sim; /* the controller's own driver */
 static CUcontext sim_context;
-
-/* What a controller holds of a program. */
-struct held {
-    struct bn_agent_segment *segs;
-    size_t n;
-    int *fds;
-    unsigned char **bytes; /* after read_all */
-};
-
-static void held_free(struct held *h)
-{
-    for (size_t i = 0; i < h->n; i++) {
-        if (h->fds && h->fds[i] >= 0)
-            close(h->fds[i]);
-        if (h->bytes)
-            free(h->bytes[i]);
-    }
-    free(h->fds);
-    free(h->segs);
-    free(h->bytes);
-    *h = (struct held){0};
-}
-
-#define CHECK(call)                                    \
-    do {                                               \
-        struct bn_error e_ = BN_ERROR_INIT;            \
-        struct bn_error *err = &e_;                    \
-        int r_ = (call);                               \
-        if (r_ < 0)                                    \
-            fail_msg("%s: %d %s", #call, r_, e_.text); \
-    } while (0)
 
 static struct bn_agent *attach(const struct child *c)
 {
@@ -57,61 +27,6 @@ static struct bn_agent_page page_of(struct bn_agent *a)
     struct bn_agent_page page;
     assert_int_equal(bn_agent_page(a, &page), 0);
     return page;
-}
-
-static void list_and_export(struct bn_agent *a, struct held *h)
-{
-    CHECK(bn_agent_list(a, &h->segs, &h->n, err));
-    h->fds = malloc((h->n + 1) * sizeof(int));
-    CHECK(bn_agent_export(a, h->segs, h->n, h->fds, err));
-}
-
-/* Map a descriptor's memory here, and copy it to (write) or from `bytes`. */
-static void transfer(int fd, size_t size, unsigned char *bytes, bool write)
-{
-    CUmemGenericAllocationHandle handle;
-    CUdeviceptr va;
-    CUmemAccessDesc access = {{CU_MEM_LOCATION_TYPE_DEVICE, 0}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
-    assert_int_equal(sim.cuMemImportFromShareableHandle(&handle, (void *)(intptr_t)fd,
-                                                        CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
-                     0);
-    assert_int_equal(sim.cuMemAddressReserve(&va, size, 0, 0, 0), 0);
-    assert_int_equal(sim.cuMemMap(va, size, 0, handle, 0), 0);
-    assert_int_equal(sim.cuMemSetAccess(va, size, &access, 1), 0);
-    if (write)
-        assert_int_equal(sim.cuMemcpyHtoD_v2(va, bytes, size), 0);
-    else
-        assert_int_equal(sim.cuMemcpyDtoH_v2(bytes, va, size), 0);
-    assert_int_equal(sim.cuMemUnmap(va, size), 0);
-    assert_int_equal(sim.cuMemAddressFree(va, size), 0);
-    assert_int_equal(sim.cuMemRelease(handle), 0);
-}
-
-static void read_all(struct held *h)
-{
-    h->bytes = calloc(h->n + 1, sizeof(*h->bytes));
-    for (size_t i = 0; i < h->n; i++) {
-        h->bytes[i] = malloc(h->segs[i].size);
-        transfer(h->fds[i], h->segs[i].size, h->bytes[i], false);
-    }
-}
-
-/* New memory for everything held, with the bytes that were read. */
-static void recreate_all(struct held *h)
-{
-    CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
-                                .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
-                                .location = {CU_MEM_LOCATION_TYPE_DEVICE, 0}};
-    for (size_t i = 0; i < h->n; i++) {
-        CUmemGenericAllocationHandle handle;
-        close(h->fds[i]);
-        assert_int_equal(sim.cuMemCreate(&handle, h->segs[i].size, &prop, 0), 0);
-        assert_int_equal(
-            sim.cuMemExportToShareableHandle(&h->fds[i], handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
-            0);
-        transfer(h->fds[i], h->segs[i].size, h->bytes[i], true);
-        assert_int_equal(sim.cuMemRelease(handle), 0);
-    }
 }
 
 static void populate(struct child *c)
@@ -140,14 +55,14 @@ static void test_rounds(void **state)
         struct bn_agent *a = attach(&c);
         assert_int_equal(page_of(a).state, BN_AGENT_ACTIVE);
         CHECK(bn_agent_close_gate(a, 10000, err));
-        list_and_export(a, &h);
+        held_take(&h, a);
         assert_int_equal(h.n, 6);
-        read_all(&h);
+        held_read(&h, &sim);
         CHECK(bn_agent_evict(a, err));
         assert_int_equal(page_of(a).state, BN_AGENT_EVICTED);
         assert_int_equal(page_of(a).epoch, round);
         if (round % 2)
-            recreate_all(&h);
+            held_recreate(&h, &sim);
         CHECK(bn_agent_import(a, h.segs, h.fds, h.n, err));
         CHECK(bn_agent_import(a, h.segs, h.fds, h.n, err)); /* again: nothing happens */
         assert_int_equal(page_of(a).state, BN_AGENT_CLOSED);
@@ -199,18 +114,18 @@ static void test_threads_wait(void **state)
         size_t before, between, total;
         struct bn_agent *a = attach(&c);
         CHECK(bn_agent_close_gate(a, 20000, err));
-        list_and_export(a, &h);
+        held_take(&h, a);
         assert_int_equal(sim.cuMemGetInfo_v2(&before, &total), 0);
         CHECK(bn_agent_evict(a, err));
         if (round % 2) {
-            read_all(&h);
+            held_read(&h, &sim);
             for (size_t i = 0; i < h.n; i++)
                 close(h.fds[i]);
             assert_int_equal(sim.cuMemGetInfo_v2(&between, &total), 0);
             assert_int_equal(between - before, (size_t)30 << 20);
             for (size_t i = 0; i < h.n; i++)
-                h.fds[i] = dup(0); /* closed by recreate_all */
-            recreate_all(&h);
+                h.fds[i] = dup(0); /* closed by held_recreate */
+            held_recreate(&h, &sim);
         }
         CHECK(bn_agent_import(a, h.segs, h.fds, h.n, err));
         CHECK(bn_agent_open_gate(a, err));
@@ -286,7 +201,7 @@ static void test_killed_controllers(void **state)
         if (steps > 2) {
             /* Somebody must hold the memory when it is evicted. */
             CHECK(bn_agent_close_gate(a, 10000, err));
-            list_and_export(a, &h);
+            held_take(&h, a);
         }
         bn_agent_free(a);
         killed_controller(&c, steps, &h);
@@ -343,7 +258,7 @@ static void test_nothing_allocated(void **state)
     child_start(&c, NULL);
     struct bn_agent *a = attach(&c);
     CHECK(bn_agent_close_gate(a, 5000, err));
-    list_and_export(a, &h);
+    held_take(&h, a);
     assert_int_equal(h.n, 0);
     CHECK(bn_agent_evict(a, err));
     CHECK(bn_agent_open_gate(a, err));
@@ -499,13 +414,13 @@ static void test_low_limit(void **state)
     struct child c;
     child_start(&c, NULL);
     for (int i = 0; i < 100; i++)
-        child_do(&c, "alloc 2");
+        child_do(&c, "vmm 2 1");
     child_do(&c, "limit 64");
     for (int round = 0; round < 2; round++) {
         struct held h = {0};
         struct bn_agent *a = attach(&c);
         CHECK(bn_agent_close_gate(a, 10000, err));
-        list_and_export(a, &h);
+        held_take(&h, a);
         assert_int_equal(h.n, 100);
         CHECK(bn_agent_evict(a, err));
         CHECK(bn_agent_import(a, h.segs, h.fds, h.n, err));
@@ -566,40 +481,66 @@ static void evict_and_restore(struct bn_agent *a)
 {
     struct held h = {0};
     CHECK(bn_agent_close_gate(a, 10000, err));
-    list_and_export(a, &h);
+    held_take(&h, a);
     CHECK(bn_agent_evict(a, err));
     CHECK(bn_agent_import(a, h.segs, h.fds, h.n, err));
     CHECK(bn_agent_open_gate(a, err));
     held_free(&h);
 }
 
-/* IPC handles of converted memory: opened by another process, which is refused then; good again after an eviction. */
+/* The handle of a block, as a command that opens it and compares it with block `i`. */
+static void open_command(struct child *owner, int i, char out[256])
+{
+    char get[32];
+    snprintf(get, sizeof(get), "ipcget %d", i);
+    child_do(owner, get);
+    snprintf(out, 256, "ipcopen %.128s %d 1", owner->answer + 3, i);
+}
+
+static void not_opened(struct child *user, const char *open)
+{
+    child_send(user, open);
+    assert_non_null(fgets(user->answer, sizeof(user->answer), user->from));
+    assert_string_equal(user->answer, "no 1 cuIpcOpenMemHandle\n");
+}
+
+/* IPC handles of converted memory: opened by another process, which is refused then; good again after an eviction. Blocks 10 to 29
+ * share segments, and each handle is of one block all the same. */
 static void test_ipc(void **state)
 {
+    static const int given[] = {0, 12, 15, 27, 30};
+    enum { GIVEN = sizeof(given) / sizeof(given[0]) };
     struct child owner, user;
-    char open[256];
+    char open[GIVEN][256];
     child_start(&owner, NULL);
     child_start(&user, NULL);
-    child_do(&owner, "alloc 2");
+    for (int i = 0; i < 30; i++)
+        child_do(&owner, "alloc 2");
     child_do(&owner, "alloc 3");
-    child_do(&owner, "ipcget 1");
-    snprintf(open, sizeof(open), "ipcopen %.128s 1 1", owner.answer + 3);
     struct bn_agent *a = attach(&owner), *b = attach(&user);
+    assert_true(page_of(a).gpu[0].segments < 25);
+    for (int i = 0; i < GIVEN; i++)
+        open_command(&owner, given[i], open[i]);
     for (int round = 0; round < 3; round++) {
-        struct bn_error said = BN_ERROR_INIT;
-        child_do(&user, open);
-        assert_int_equal(page_of(b).blockers.imported_handles, 1);
-        assert_int_equal(bn_agent_close_gate(b, 5000, &said), -ENOTSUP);
-        child_do(&user, "ipcclose");
-        assert_int_equal(page_of(b).blockers.imported_handles, 0);
+        for (int i = 0; i < GIVEN; i++) {
+            struct bn_error said = BN_ERROR_INIT;
+            child_do(&user, open[i]);
+            assert_int_equal(page_of(b).blockers.imported_handles, 1);
+            assert_int_equal(bn_agent_close_gate(b, 5000, &said), -ENOTSUP);
+            child_do(&user, "ipcclose");
+            assert_int_equal(page_of(b).blockers.imported_handles, 0);
+        }
         evict_and_restore(b);
         evict_and_restore(a);
         child_do(&owner, "check 1");
     }
-    child_do(&owner, "free 1");
-    child_send(&user, open);
-    assert_non_null(fgets(user.answer, sizeof(user.answer), user.from));
-    assert_string_equal(user.answer, "no 1 cuIpcOpenMemHandle\n");
+    /* The segment lives on with a neighbour; the handle does not. */
+    child_do(&owner, "free 12");
+    not_opened(&user, open[1]);
+    child_do(&user, open[2]);
+    child_do(&user, "ipcclose");
+    child_do(&owner, "free 30");
+    not_opened(&user, open[4]);
     bn_agent_free(a);
     bn_agent_free(b);
     child_end(&owner);
@@ -681,7 +622,7 @@ static void test_driver_fails(void **state)
         struct held h = {0};
         struct bn_error said = BN_ERROR_INIT;
         CHECK(bn_agent_close_gate(a, 10000, err));
-        list_and_export(a, &h);
+        held_take(&h, a);
         CHECK(bn_agent_evict(a, err));
         snprintf(rule, sizeof(rule), "%s,none:%d=1", import[i], ++round);
         say_failure(path, rule);
