@@ -7,6 +7,7 @@
 
 #include <pthread.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 #include <unistd.h>
@@ -301,6 +302,154 @@ static void ask_amounts(void)
     ASK(cuMemFree_v2(p));
 }
 
+/* ---- many at once ---- */
+
+#define MANY 400
+static struct small {
+    CUdeviceptr p;
+    size_t bytes;
+    uint64_t id;
+} many[MANY];
+
+static uint64_t id_of(CUdeviceptr p)
+{
+    uint64_t id = 0;
+    return cuPointerGetAttribute(&id, ATTR_BUFFER_ID, p) == 0 ? id : 0;
+}
+
+static bool get_small(size_t i)
+{
+    static const size_t of[] = {2 * MIB, 2 * MIB, 2 * MIB + 5, 4 * MIB,
+                                3 * MIB, 2 * MIB, 7 * MIB + 1, 16 * MIB};
+    struct small *s = &many[i];
+    s->bytes = of[i % (sizeof(of) / sizeof(of[0]))];
+    if (cuMemAlloc_v2(&s->p, s->bytes) != 0)
+        s->p = 0;
+    uint32_t mark = (uint32_t)i;
+    return s->p && cuMemcpyHtoD_v2(s->p, &mark, 4) == 0 &&
+           cuMemcpyHtoD_v2(s->p + s->bytes - 4, &mark, 4) == 0;
+}
+
+static bool marks_right(size_t i)
+{
+    uint32_t first = ~0u, last = ~0u;
+    const struct small *s = &many[i];
+    return cuMemcpyDtoH_v2(&first, s->p, 4) == 0 && cuMemcpyDtoH_v2(&last, s->p + s->bytes - 4, 4) == 0 &&
+           first == i && last == i;
+}
+
+static bool is_range(const struct small *s, size_t at)
+{
+    CUdeviceptr base = 0, start = 0;
+    size_t n = 0, size = 0;
+    return cuMemGetAddressRange_v2(&base, &n, s->p + at) == 0 && base == s->p && n == s->bytes &&
+           cuPointerGetAttribute(&start, ATTR_RANGE_START, s->p + at) == 0 && start == s->p &&
+           cuPointerGetAttribute(&size, ATTR_RANGE_SIZE, s->p + at) == 0 && size == s->bytes;
+}
+
+static void ask_live(void)
+{
+    size_t ranges = 0, bases = 0, mapped = 0, twice = 0, marked = 0, live = 0, synchronous = 0;
+    for (size_t i = 0; i < MANY; i++) {
+        const struct small *s = &many[i];
+        if (!s->p)
+            continue;
+        CUdeviceptr base = 0;
+        size_t size = 0;
+        unsigned sync = 0;
+        live++;
+        ranges += is_range(s, 0) && is_range(s, s->bytes / 2) && is_range(s, s->bytes - 1);
+        cuPointerGetAttribute(&base, ATTR_MAPPING_BASE, s->p + s->bytes / 2);
+        cuPointerGetAttribute(&size, ATTR_MAPPING_SIZE, s->p + s->bytes / 2);
+        cuPointerGetAttribute(&sync, ATTR_SYNC_MEMOPS, s->p);
+        bases += base == s->p;
+        mapped += size;
+        synchronous += (uint8_t)sync;
+        for (size_t k = 0; k < i; k++)
+            twice += many[k].p && id_of(many[k].p) == id_of(s->p);
+        marked += marks_right(i);
+    }
+    number("live", live);
+    number("each has its range", ranges);
+    number("each is its mapping", bases);
+    number("sizes of mappings", mapped);
+    number("buffer ids that are used twice", twice);
+    number("synchronous", synchronous);
+    number("each has its bytes", marked);
+}
+
+static void ask_freed(CUdeviceptr p)
+{
+    CUdeviceptr base;
+    size_t n;
+    CUipcMemHandle handle;
+    CUmemGenericAllocationHandle retained;
+    unsigned long long flags = 0;
+    int on = 1;
+    CUmemLocation here = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = device};
+    ASK(cuMemFree_v2(p));
+    ASK(cuMemGetAddressRange_v2(&base, &n, p));
+    ASK(cuMemGetAddressRange_v2(&base, &n, p + MIB));
+    ASK(cuPointerSetAttribute(&on, ATTR_SYNC_MEMOPS, p));
+    ASK(cuIpcGetMemHandle(&handle, p));
+    ASK(cuMemGetAccess(&flags, &here, p));
+    ASK(cuMemRetainAllocationHandle(&retained, (void *)(uintptr_t)p));
+    ask_pointer("[one of many, freed]", p, p);
+    ask_pointer("[one of many, freed, middle]", p + MIB, p);
+}
+
+static void ask_many(void)
+{
+    size_t before, after, total, sum = 0, good = 0, old = 0;
+    CUipcMemHandle handles[2];
+    int on = 1;
+    section("many small allocations");
+    cuMemGetInfo_v2(&before, &total);
+    for (size_t i = 0; i < MANY; i++) {
+        good += get_small(i);
+        sum += many[i].bytes / (2 * MIB) * (2 * MIB);
+        many[i].id = id_of(many[i].p);
+    }
+    number("allocated", good);
+    cuMemGetInfo_v2(&after, &total);
+    number("at least their sizes are gone", before - after >= sum);
+    number("no more than 2 MiB each besides", before - after <= sum + MANY * 2 * MIB + 4 * MIB);
+    ask_live();
+    ask_pointer("[one of many]", many[200].p, many[200].p);
+    ask_pointer("[one of many, middle]", many[203].p + 2 * MIB, many[203].p);
+    ASK(cuPointerSetAttribute(&on, ATTR_SYNC_MEMOPS, many[200].p));
+    ASK(cuIpcGetMemHandle(&handles[0], many[200].p));
+    ASK(cuIpcGetMemHandle(&handles[1], many[201].p));
+    number("their handles differ", memcmp(&handles[0], &handles[1], sizeof(handles[0])) != 0);
+    ASK(cuMemFree_v2(many[203].p + 2 * MIB));
+    ASK(cuMemUnmap(many[200].p, 2 * MIB));
+    ASK(cuMemAddressFree(many[200].p, 2 * MIB));
+    CUdeviceptr gone = many[205].p;
+    good = 0;
+    for (size_t i = 1; i < MANY; i += 2) {
+        good += cuMemFree_v2(many[i].p) == 0;
+        many[i].p = 0;
+    }
+    number("freed", good);
+    ask_live();
+    ask_freed(gone);
+    good = 0;
+    for (size_t i = 1; i < MANY; i += 2) {
+        good += get_small(i);
+        for (size_t k = 0; k < MANY; k++)
+            old += id_of(many[i].p) == many[k].id;
+    }
+    number("allocated again", good);
+    number("buffer ids that were used before", old);
+    ask_live();
+    good = 0;
+    for (size_t i = MANY; i-- > 0;)
+        good += cuMemFree_v2(many[i].p) == 0;
+    number("freed", good);
+    cuMemGetInfo_v2(&after, &total);
+    number("all back (within 64 MiB)", after + 64 * MIB > before);
+}
+
 /* ---- the program's own virtual memory ---- */
 
 static void ask_vmm(void)
@@ -461,6 +610,11 @@ static void ask_contexts(void)
         return;
     ASK(cuMemAlloc_v2(&p, 64 * MIB));
     ASK(cuMemAlloc_v2(&q, 4096));
+    for (size_t i = 0; i < 60; i++) { /* of either, by turns */
+        ASK(cuCtxSetCurrent(i % 2 ? ctx : second));
+        number("one of many", get_small(i));
+    }
+    ASK(cuCtxSetCurrent(second));
     ASK(cuCtxPopCurrent_v2(&was));
     uint64_t whose = 0;
     ASK(cuPointerGetAttribute(&whose, ATTR_CONTEXT, p));
@@ -473,7 +627,12 @@ static void ask_contexts(void)
     ASK(cuPointerGetAttribute(&whose, ATTR_CONTEXT, p));
     ASK(cuMemGetAddressRange_v2(&base, &n, p));
     ASK(cuMemFree_v2(p));
+    ASK(cuMemGetAddressRange_v2(&base, &n, many[30].p));
     ASK(cuCtxSetCurrent(ctx));
+    for (size_t i = 0; i < 60; i++) {
+        ASK(cuMemGetAddressRange_v2(&base, &n, many[i].p));
+        ASK(cuMemFree_v2(many[i].p));
+    }
     cuMemGetInfo_v2(&after, &total);
     number("its memory is back (within 64 MiB)", after + 64 * MIB > before);
 }
@@ -566,6 +725,7 @@ int main(void)
     ask_errors();
     ask_pointers();
     ask_amounts();
+    ask_many();
     ask_vmm();
     ask_others();
     ask_contexts();
