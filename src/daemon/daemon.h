@@ -66,6 +66,8 @@ struct daemon {
     uint64_t trim_after;    /* seconds after the last use that the rest is given back */
     sd_event_source *rest;  /* the timer for that; NULL: a private daemon */
     unsigned rounds;        /* room.c */
+    bool listening;         /* need.c: its thread runs */
+    bool serving_want;      /* need.c: one at a time */
     uint64_t hashless;      /* GPUs that were said to be unfit for hashing: a bit for each */
     struct bn_error no_gpu; /* set: why the driver could not be opened; every request is answered with it */
 
@@ -136,6 +138,11 @@ int bn_make_room(struct bn_env *env, uint32_t tier, unsigned dev, uint64_t bytes
 void bn_keep_budgets(struct daemon *d);
 /* Move one tree out of the memory of a GPU that `where` has something on (NULL: of any). False: there is none. */
 bool bn_let_go(struct daemon *d, const struct bn_usage *where);
+
+/* ---- allocations of others (need.c) ---- */
+
+/* See that somebody listens to the agents as long as a GPU has memory of suspended trees. From the event loop. */
+void bn_need_check(struct daemon *d);
 
 /* ---- at rest (rest.c); in the event loop's thread ---- */
 

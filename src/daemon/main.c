@@ -150,6 +150,7 @@ static int on_wake(sd_event_source *source, int fd, uint32_t revents, void *arg)
     eventfd_t n;
     eventfd_read(fd, &n);
     bn_rest_later(d);
+    bn_need_check(d);
     bn_reap_suspended(d); /* those that ended while somebody worked on their tree */
     pthread_mutex_lock(&d->lock);
     for (struct suspended_entry *e = d->suspended; e; e = e->next) {

@@ -132,11 +132,29 @@ void bn_keep_budgets(struct daemon *d)
         }
 }
 
+/* Is one on its way out of there already? Then wait for it. */
+static bool wait_for_move(struct daemon *d, unsigned dev)
+{
+    bool waited = false;
+    pthread_mutex_lock(&d->lock);
+    for (struct suspended_entry *e = d->suspended; e;) {
+        if (!e->moving || !in_tier(&e->usage, BN_TIER_GPU, dev)) {
+            e = e->next;
+            continue;
+        }
+        waited = true;
+        pthread_cond_wait(&d->published_changed, &d->lock);
+        e = d->suspended;
+    }
+    pthread_mutex_unlock(&d->lock);
+    return waited;
+}
+
 bool bn_let_go(struct daemon *d, const struct bn_usage *where)
 {
     unsigned round = new_round(d);
     for (unsigned dev = 0; where && dev < BN_USAGE_GPUS; dev++)
-        if (where->gpu[dev] && move_down(d, BN_TIER_GPU, dev, round))
+        if (where->gpu[dev] && (move_down(d, BN_TIER_GPU, dev, round) || wait_for_move(d, dev)))
             return true;
-    return !where && move_down(d, BN_TIER_GPU, ANY_GPU, round);
+    return !where && (move_down(d, BN_TIER_GPU, ANY_GPU, round) || wait_for_move(d, ANY_GPU));
 }

@@ -17,7 +17,7 @@
 #include <sys/socket.h>
 
 #define LET_GO_MS 20000u /* a request waits so long for the end of what an earlier one left to be done */
-#define TICK_MS 100u /* between progress events, and looks at whether the client is still there */
+#define TICK_MS 100u     /* between progress events, and looks at whether the client is still there */
 
 struct client {
     struct daemon *d;

@@ -9,6 +9,7 @@
  *   busy [MS]    one stream runs a kernel of that many milliseconds (default 20000), then goes on in rounds
  *   threads [N]  N threads launch kernels as fast as they can, each checking its own memory
  *   hold MIB     takes that much device memory in pieces of 2 MiB
+ *   later MIB    the same, when it gets SIGUSR1; begins to use CUDA before
  *
  * Each reports "0 PID ready" and then "0 PID round N" on standard output, and ends with status 1 as soon as a byte is wrong.
  */
@@ -239,9 +240,18 @@ static void threads(unsigned n)
     hammer(NULL);
 }
 
-static void hold(unsigned mib)
+static void hold(unsigned mib, bool later)
 {
+    sigset_t set;
+    int sig;
+    sigemptyset(&set);
+    sigaddset(&set, SIGUSR1);
+    sigprocmask(SIG_BLOCK, &set, NULL);
     cr_open(0);
+    if (later) {
+        say("open");
+        sigwait(&set, &sig);
+    }
     for (unsigned i = 2; i < mib; i += 2)
         alloc((size_t)2 << 20);
     rounds(alloc(BYTES));
@@ -266,8 +276,9 @@ int main(int argc, char **argv)
         busy(number ? number : 20000);
     else if (strcmp(mode, "threads") == 0)
         threads(number ? number : 8);
-    else if (strcmp(mode, "hold") == 0)
-        hold(number);
-    fprintf(stderr, "usage: odd plain|managed|import-ipc|import-vmm|closed-ipc|busy|threads|hold [NUMBER]\n");
+    else if (strcmp(mode, "hold") == 0 || strcmp(mode, "later") == 0)
+        hold(number, strcmp(mode, "later") == 0);
+    fprintf(stderr,
+            "usage: odd plain|managed|import-ipc|import-vmm|closed-ipc|busy|threads|hold|later [NUMBER]\n");
     return 2;
 }

@@ -1,6 +1,7 @@
 """Suspended to each of the tiers: where the bytes are meanwhile, and that every one of them is back afterwards."""
 
 import os
+import signal
 import stat
 
 import harness
@@ -8,6 +9,7 @@ from harness import Case, ODD, wait_for
 
 TIERS = ("gpu", "host", "disk")
 MIB = 1 << 20
+NEED_HOT = 6816  # of the word in an agent's page that says that memory rests (wire/agent_proto.h)
 
 
 class TierCase(Case):
@@ -56,14 +58,10 @@ class Tiers(TierCase):
         for i, tier in enumerate(TIERS):
             self.ok("suspend", "--to", tier, program.pid)
             self.assertEqual(self.bytes_in(program.pid), (tier,) + tuple(held if k == i else 0 for k in range(3)))
-            other = self.start(ODD, "hold", 160, wait=False)
-            if tier == "gpu":
-                self.assertEqual(other.popen.wait(harness.PATIENCE), 1)
-                self.assertIn("CUDA error 2", harness.text_of(other.err))
-            else:
-                other.go_on()
+            if tier != "gpu":
+                other = self.start(ODD, "hold", 160)
                 self.refused(1, "resume", program.pid, says=("free", "memory"))
-                self.assertEqual(self.bytes_in(program.pid)[0], tier)
+                self.assertEqual(self.tier(program), tier)
                 other.kill()
             self.ok("resume", program.pid)
             program.go_on()
@@ -244,6 +242,86 @@ class Budgets(TierCase):
             done = self.run_command([harness.BENNUD, option, "much"])
             self.assertEqual(done.returncode, 2)
             self.assertIn("'much'", done.stderr)
+
+
+class Wanted(TierCase):
+    """An allocation that would fail gets what rests on the GPU."""
+
+    def listens(self):
+        worker, = harness.children_of(self.daemon.pid)
+        return "bennud-need" in [harness.text_of(f"/proc/{worker}/task/{t}/comm").strip()
+                                 for t in os.listdir(f"/proc/{worker}/task")]
+
+    def wants(self, mib):
+        """A program that allocates once it has heard that memory rests."""
+        program = self.start(ODD, "later", mib, wait=False)
+        wait_for(lambda: "open" in harness.text_of(program.out), "it uses CUDA", program.trouble)
+
+        def heard():
+            for fd in os.listdir(f"/proc/{program.pid}/fd"):
+                if "bennu-agent" in os.readlink(f"/proc/{program.pid}/fd/{fd}"):
+                    with open(f"/proc/{program.pid}/fd/{fd}", "rb") as f:
+                        return any(os.pread(f.fileno(), 4, NEED_HOT))
+            return False
+        wait_for(heard, "it has heard of memory that rests", program.trouble)
+        os.kill(program.pid, signal.SIGUSR1)
+        return program
+
+    def test_an_allocation_gets_what_rests(self):
+        self.start_daemon()
+        self.assertFalse(self.listens())
+        first = self.start(ODD, "hold", 100)
+        for _ in range(2):
+            self.ok("suspend", "--to", "gpu", first.pid)
+            wait_for(self.listens, "bennud listens to agents")
+            second = self.wants(200)
+            second.go_on()
+            self.assertEqual(self.tier(first), "host")
+            wait_for(lambda: not self.listens(), "nobody needs to listen any more")
+            self.refused(1, "resume", first.pid, says=("free", "memory"))
+            second.go_on()
+            second.kill()
+            self.ok("resume", first.pid)
+            first.go_on()
+
+    def test_the_oldest_goes_first_and_no_more_than_needed(self):
+        self.start_daemon()
+        programs = [self.start(ODD, "hold", 60) for _ in range(3)]
+        for program in programs:
+            self.ok("suspend", "--to", "gpu", program.pid)
+        other = self.wants(80)
+        other.go_on()
+        self.assertEqual([self.tier(p) for p in programs], ["host", "gpu", "gpu"])
+        other.kill()
+        for program in programs:
+            self.ok("resume", program.pid)
+            program.go_on()
+        wait_for(lambda: not self.listens(), "nobody needs to listen any more")
+
+    def test_more_than_rests(self):
+        self.start_daemon()
+        first = self.start(ODD, "hold", 60)
+        self.ok("suspend", "--to", "gpu", first.pid)
+        other = self.wants(300)
+        self.assertEqual(other.popen.wait(harness.PATIENCE), 1)
+        self.assertIn("CUDA error 2", harness.text_of(other.err))
+        self.ok("resume", first.pid)
+        first.go_on()
+
+    def test_after_a_worker_was_killed(self):
+        self.start_daemon()
+        first = self.start(ODD, "hold", 100)
+        self.ok("suspend", "--to", "gpu", first.pid)
+        worker, = harness.children_of(self.daemon.pid)
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: harness.children_of(self.daemon.pid) not in ([], [worker]), "another worker")
+        wait_for(lambda: self.bennu("ps").returncode == 0, "it answers")
+        second = self.wants(200)
+        second.go_on()
+        self.assertEqual(self.tier(first), "host")
+        second.kill()
+        self.ok("resume", first.pid)
+        first.go_on()
 
 
 class AtRest(TierCase):
