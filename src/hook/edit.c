@@ -10,7 +10,8 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#define EDITS_MAX 64
+#define EDITS_MAX 1024
+#define EDITS_KEPT 32 /* for what must be done */
 
 /* Bytes to be replaced; `text` is owned. */
 struct edit {
@@ -245,6 +246,23 @@ static int without_io_uring(struct job *job)
     return job->env == BN_JSON_NONE ? 0 : append(job, job->env, "\"UV_USE_IO_URING=0\"");
 }
 
+/* CDI's mounts have no type, and crun crashes on those when it restores a container (1.21): the specification of the runtime lets
+ * it be left out, and to leave it out means the same. */
+static int name_types(struct job *job)
+{
+    const struct bn_json *j = &job->j;
+    int r = 0;
+    FOR_EACH(j, i, job->mounts)
+    {
+        if (bn_json_member(j, i, "type", BN_JSON_STRING) != BN_JSON_NONE || !is_bind_mount(j, i))
+            continue;
+        if (r < 0 || job->n >= EDITS_MAX - EDITS_KEPT)
+            break;
+        r = replace(job, j->tokens[i].start + 1, 0, "\"type\":\"bind\",");
+    }
+    return r;
+}
+
 static int mount_over(struct job *job, const struct driver_mount *m, size_t n)
 {
     const struct bn_json_token *first = &job->j.tokens[m[0].mount], *name = &job->j.tokens[m[0].destination];
@@ -352,6 +370,8 @@ static int decide_preload(struct job *job, int root, bool forced)
     r = preload(job);
     if (r == 0)
         r = without_io_uring(job);
+    if (r == 0)
+        r = name_types(job);
     return r < 0 ? r : 1;
 }
 
@@ -380,6 +400,8 @@ static int decide(struct job *job)
     r = mount_over(job, found, n);
     if (r == 0)
         r = without_io_uring(job);
+    if (r == 0)
+        r = name_types(job);
     return r < 0 ? r : 1;
 }
 

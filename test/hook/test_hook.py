@@ -96,6 +96,7 @@ class Hook(unittest.TestCase):
         mount = want["mounts"][index]
         over = {"destination": mount["destination"], "type": "bind", "source": self.agent, "options": OPTIONS}
         mount["destination"] = DRIVER
+        mount.setdefault("type", "bind")
         for other in others:
             want["mounts"][other]["source"] = self.agent
         want["mounts"].insert(index + 1, over)
@@ -111,6 +112,23 @@ class Hook(unittest.TestCase):
         env.append(NO_IO_URING)
         want["mounts"].append({"destination": AGENT, "type": "bind", "source": self.agent, "options": OPTIONS})
         return want
+
+    # --- crun --------------------------------------------------------------------------------------------------------
+
+    def test_mounts_without_type_get_one(self):
+        """As CDI makes them, in any number: crun crashes on them."""
+        def plain(source, destination):
+            mount = self.bind(source, destination)
+            del mount["type"]
+            return mount
+        config = self.config([plain(self.driver, LIB + "/libcuda.so.1")]
+                             + [plain("/usr/bin/nvidia-smi", f"/usr/bin/tool-{i}") for i in range(200)]
+                             + [{"destination": "/run", "source": "tmpfs", "options": ["nosuid"]}])
+        want = self.mounted_over(config, 2)
+        for mount in want["mounts"][2:-1]:
+            mount["type"] = "bind"
+        self.assert_edited(config, want)
+        self.assert_same(self.config([plain("/usr/bin/tool", "/usr/bin/tool")]))
 
     # --- nothing to do -----------------------------------------------------------------------------------------------
 

@@ -79,7 +79,6 @@ def install():
     else:
         install_by_hand()
     write_cdi("versioned", [(DRIVER, DRIVER)])
-    write_cdi("typed", [(DRIVER, DRIVER)], {"type": "bind"})
     write_cdi("direct", [(DRIVER, f"{LIBS}/libcuda.so.1")])
 
 
@@ -92,13 +91,12 @@ def install_by_hand():
         f.write(text_of("/usr/local/share/bennu/50-bennu.json.in").replace("@AGENT@", AGENT[0]))
 
 
-def write_cdi(name, mounts, more=None):
+def write_cdi(name, mounts):
     """A device of the kind by which NVIDIA's container toolkit delivers the driver's files."""
     env = [f"{k}={v}" for k, v in os.environ.items() if k.startswith("BENNU_SIM_")]
     spec = {"cdiVersion": "0.6.0", "kind": "nvidia.com/gpu", "devices": [{"name": name, "containerEdits": {
         "env": ["NVIDIA_VISIBLE_DEVICES=void"] + env,
-        "mounts": [{"hostPath": host, "containerPath": path, "options": ["ro", "nosuid", "nodev", "rbind", "rprivate"],
-                    **(more or {})}
+        "mounts": [{"hostPath": host, "containerPath": path, "options": ["ro", "nosuid", "nodev", "rbind", "rprivate"]}
                    for host, path in mounts]}}]}
     os.makedirs("/etc/cdi", exist_ok=True)
     with open(f"/etc/cdi/nvidia-{name}.json", "w", encoding="utf-8") as f:

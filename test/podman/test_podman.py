@@ -420,28 +420,35 @@ class Trouble(Case):
 
 
 class Crun(Case):
-    """crun 1.21's restore needs a type in every mount, which CDI's specification does not ask for: it crashes otherwise."""
-    device = "typed"
+    """With mounts without a type, as CDI makes them: crun 1.21 would crash in a restore, were it not for the hook."""
+    runtime = "crun"
+    other_name = "two"
 
     def setUp(self):
-        if re.search(r"^cpuset\t[1-9]", text_of("/proc/cgroups"), re.M):
-            self.skipTest("this host mounts cgroup v1's cpuset beside v2: CRIU restores crun's containers into it and may not write "
-                          "cpuset.cpu_exclusive")
         super().setUp()
+        if re.search(r"^cpuset\t[1-9]", text_of("/proc/cgroups"), re.M):
+            # The host has cgroup v1's controllers beside v2's: as crun asks for it, CRIU would make groups there, outside of this root,
+            # and may not write cpuset.cpu_exclusive.
+            self.runtime = self.path("crun")
+            with open(self.runtime, "w", encoding="utf-8") as f:
+                f.write('#!/bin/bash\nfor word; do args+=("$word"); case $word in checkpoint | restore) '
+                        'args+=(--manage-cgroups-mode=ignore) ;; esac; done\nexec /usr/bin/crun "${args[@]}"\n')
+            os.chmod(self.runtime, 0o755)
+            self.other_name = "one"  # its processes are to be in the group that the container had, which nobody makes then
 
     def test_cycle(self):
-        c = self.container(runtime="crun", tcp=False).run(device=self.device)
+        c = self.container(runtime=self.runtime, tcp=False).run()
         c.checkpoint()
         self.assertTrue(os.path.exists(f"{c.checkpoint_dir}/{MANIFEST}"))
         c.restore()
         c.checkpoint("--export", self.path("c.tar"), "--compress", "none")
         c.remove()
-        d = c.import_as("two", self.path("c.tar"))
+        d = c.import_as(self.other_name, self.path("c.tar"))
         d.checkpoint("--leave-running")
         d.go_on()
 
     def test_with_connections(self):
-        c = self.container(runtime="crun").run(device=self.device)
+        c = self.container(runtime=self.runtime).run()
         for _ in range(2):
             c.checkpoint()
             c.restore()
