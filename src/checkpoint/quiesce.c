@@ -120,7 +120,7 @@ static int lock(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
 }
 static int down_lock(struct bn_quiesce *q, struct bn_error *err)
 {
-    return each(q, lock, err);
+    return q->flags & BN_FIND_KEEP_CONTEXT ? 0 : each(q, lock, err);
 }
 
 static int checkpoint(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
@@ -129,7 +129,7 @@ static int checkpoint(struct bn_quiesce *q, struct bn_target *t, struct bn_error
 }
 static int down_checkpoint(struct bn_quiesce *q, struct bn_error *err)
 {
-    return each(q, checkpoint, err);
+    return q->flags & BN_FIND_KEEP_CONTEXT ? 0 : each(q, checkpoint, err);
 }
 
 /* ---- up ---- */

@@ -118,7 +118,8 @@ static unsigned what(const struct bn_target *t, enum bn_stage stage)
 static int put_target(struct bn_quiesce *q, struct bn_target *t, enum bn_stage stage, struct bn_error *err)
 {
     uint64_t started;
-    unsigned flags = what(t, stage) | (t->agent ? BN_RECORD_AGENT : 0);
+    unsigned flags = what(t, stage) | (t->agent ? BN_RECORD_AGENT : 0) |
+                     (q->flags & BN_FIND_KEEP_CONTEXT ? BN_RECORD_CONTEXT : 0);
     if (stage != BN_STAGE_GUARDED && (is_back(t) || (t->gated && !t->evicted && !(flags & BN_RECORD_GPU))))
         return 0; /* it has its memory; at most its gate waits */
     if (bn_target_gone(t) || bn_proc_start_time(t->pid, &started) < 0)

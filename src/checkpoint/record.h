@@ -44,6 +44,7 @@ enum bn_stage {
 #define BN_RECORD_GPU 4u       /* GPU memory: a descriptor for each segment, the last ones */
 #define BN_RECORD_AGENT 8u     /* it has an agent */
 #define BN_RECORD_DISK 16u     /* its bytes are in a folder: the first descriptor */
+#define BN_RECORD_CONTEXT 32u  /* its contexts stay: the driver has been asked nothing */
 
 /* Record every living target of q. Does nothing without a guard. */
 int bn_records_put(struct bn_quiesce *q, enum bn_stage stage, struct bn_error *err);

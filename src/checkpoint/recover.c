@@ -138,7 +138,9 @@ int bn_recover_open(struct bn_env *env, struct bn_record *const *records, size_t
         s->q.session = head.session;
         s->giving = s->giving || (on_gpu && !(head.flags & BN_RECORD_SUSPENDED));
         all = all && (head.flags & BN_RECORD_SUSPENDED);
-        if (head.flags & BN_RECORD_SUSPENDED)
+        if (head.flags & BN_RECORD_CONTEXT)
+            s->q.flags |= BN_FIND_KEEP_CONTEXT;
+        else if (head.flags & BN_RECORD_SUSPENDED)
             v[s->q.targets.n].locked = v[s->q.targets.n].checkpointed = true;
         s->q.targets.n++;
     }
@@ -285,13 +287,15 @@ static int look_at_agent(struct bn_target *t, struct bn_error *err)
     return 0;
 }
 
-static int look(struct bn_env *env, struct bn_target *t, struct bn_error *err)
+static int look(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
 {
     enum bn_ckpt_state state;
     /* A gate that only could not be opened, after the memory was given back, holds nothing of ours. */
     int r = t->evicted ? look_at_agent(t, err) : 0;
+    if (r == 0 && (q->flags & BN_FIND_KEEP_CONTEXT))
+        return 0;
     if (r == 0)
-        r = bn_ckpt_state(env->gpu, t->pid, &state, err);
+        r = bn_ckpt_state(q->env->gpu, t->pid, &state, err);
     if (r < 0)
         return bn_target_wait_gone(t, 0) ? 0 : r;
     t->checkpointed = state == BN_CKPT_CHECKPOINTED;
@@ -304,7 +308,7 @@ int bn_recover_look(struct bn_suspended *s, struct bn_error *err)
 {
     for (size_t i = 0; i < s->q.targets.n; i++) {
         struct bn_target *t = &s->q.targets.v[i];
-        int r = bn_target_gone(t) ? 0 : look(s->q.env, t, err);
+        int r = bn_target_gone(t) ? 0 : look(&s->q, t, err);
         if (r < 0)
             return r;
     }

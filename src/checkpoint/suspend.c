@@ -95,7 +95,8 @@ struct bn_suspended *bn_suspended_take(struct bn_quiesce *q)
     struct bn_suspended *s = bn_quiesce_holds(q) ? calloc(1, sizeof(*s)) : NULL;
     if (!s)
         return NULL;
-    s->q = (struct bn_quiesce){.env = q->env, .root = q->root, .targets = q->targets, .session = q->session};
+    s->q = (struct bn_quiesce){
+        .env = q->env, .root = q->root, .flags = q->flags, .targets = q->targets, .session = q->session};
     s->tier = bn_tier_find(BN_TIER_GPU);
     s->used_ns = bn_now_ns();
     s->giving = true; /* the bytes are on the GPU, in sets that the processes shall have */

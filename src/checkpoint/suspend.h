@@ -7,7 +7,7 @@
 struct bn_suspended;
 
 /* Stops the tree below `root` and takes its GPU memory: what an agent can evict to `tier` (BN_TIER_…), the rest into the processes by
- * the driver. On failure everything is as before; where that could not be, *out is set all the same, for bn_resume. Blocks; `cancel`
+ * the driver; with BN_FIND_KEEP_CONTEXT the driver is asked nothing, and contexts stay. On failure everything is as before; where that could not be, *out is set all the same, for bn_resume. Blocks; `cancel`
  * (may be NULL) may be set by another thread. -ENODATA: no process of the tree uses CUDA; -EINVAL: no such tier. */
 int bn_suspend(struct bn_env *env, pid_t root, uint32_t tier, unsigned flags, struct bn_report *report,
                const bool *cancel, struct bn_suspended **out, struct bn_error *err);

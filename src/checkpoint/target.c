@@ -186,6 +186,13 @@ int bn_targets_check(const struct bn_targets *targets, unsigned flags, struct bn
 {
     for (size_t i = 0; i < targets->n; i++) {
         const struct bn_target *t = &targets->v[i];
+        if (!t->agent && (flags & BN_FIND_KEEP_CONTEXT))
+            return bn_error_set(
+                err, ENOTSUP, "check",
+                "process %d (%s) has no agent, so its memory can be taken by the driver alone, "
+                "which keeps no contexts: suspend it without --keep-context, or start it with "
+                "'bennu run'",
+                t->pid, t->comm);
         struct bn_agent *found = NULL;
         struct bn_agent *agent = t->agent;
         if (!agent && bn_agent_find(t->pid, &found) == 0)

@@ -7,10 +7,12 @@
 #include <string.h>
 
 static bool json, quiet;
+static bool keep_context;
 static const char *to = "host";
 
 static const struct cli_option options[] = {
     {"to", 't', CLI_STRING, "TIER", &to, "where the memory goes: gpu, host (default) or disk"},
+    {"keep-context", 'c', CLI_FLAG, NULL, &keep_context, "take only the memory: contexts stay on the GPU (for MPS)"},
     {"json", 'j', CLI_FLAG, NULL, &json, "print the result as one JSON object"},
     {"quiet", 'q', CLI_FLAG, NULL, &quiet, "print nothing but errors"},
     {0},
@@ -78,7 +80,7 @@ static int suspend(int argc, char **argv)
     uint32_t tier = tier_of(to);
     if (!tier)
         return cli_usage("'%s' is no tier: gpu, host and disk are", to);
-    return cli_suspend_or_resume(BN_CTL_SUSPEND, pid, tier, 0, json, quiet);
+    return cli_suspend_or_resume(BN_CTL_SUSPEND, pid, tier, keep_context ? BN_CTL_F_KEEP_CONTEXT : 0, json, quiet);
 }
 
 const struct cli_command cli_suspend = {

@@ -274,7 +274,7 @@ static int on_suspend(struct client *c, struct request *rq, struct bn_writer *re
     }
     struct pump pump;
     pump_start(&pump, c, c->report, flags & BN_CTL_F_PROGRESS);
-    r = bn_suspend(&c->d->env, pid, tier, 0, c->report, &c->gone, &s, err);
+    r = bn_suspend(&c->d->env, pid, tier, flags & BN_CTL_F_KEEP_CONTEXT ? BN_FIND_KEEP_CONTEXT : 0, c->report, &c->gone, &s, err);
     pump_stop(&pump);
     if (r < 0) {
         keep_left(c, s);

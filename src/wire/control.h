@@ -77,6 +77,8 @@ extern const char *const bn_tier_names[BN_TIERS]; /* [0] is NULL */
     4u /* RESTORE_BEGIN: the image was made by CRIU's own CUDA plugin: no manifest, driver path for
                                      every process that answers as checkpointed */
 #define BN_CTL_F_LEAVE_RUNNING 8u /* information only */
+#define BN_CTL_F_KEEP_CONTEXT \
+    32u /* SUSPEND: only the memory is taken; the driver is asked nothing, and contexts stay */
 #define BN_CTL_F_SYNC \
     16u /* DUMP_BEGIN: everything is on the disk, CRIU's files too, before DUMP_END is answered */
 

@@ -34,6 +34,12 @@ class TierCase(Case):
     def tier(self, program):
         return self.bytes_in(program.pid)[0]
 
+    def kill_worker(self):
+        worker, = harness.children_of(self.daemon.pid)
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: harness.children_of(self.daemon.pid) not in ([], [worker]), "another worker")
+        wait_for(lambda: self.bennu("ps").returncode == 0, "it answers")
+
 
 class Tiers(TierCase):
     def cycle(self, program, tier):
@@ -312,16 +318,58 @@ class Wanted(TierCase):
         self.start_daemon()
         first = self.start(ODD, "hold", 100)
         self.ok("suspend", "--to", "gpu", first.pid)
-        worker, = harness.children_of(self.daemon.pid)
-        os.kill(worker, signal.SIGKILL)
-        wait_for(lambda: harness.children_of(self.daemon.pid) not in ([], [worker]), "another worker")
-        wait_for(lambda: self.bennu("ps").returncode == 0, "it answers")
+        self.kill_worker()
         second = self.wants(200)
         second.go_on()
         self.assertEqual(self.tier(first), "host")
         second.kill()
         self.ok("resume", first.pid)
         first.go_on()
+
+
+class KeepContext(TierCase):
+    """Only the memory is taken; the driver is asked nothing."""
+
+    mps = {"BENNU_SIM_MPS": "1"}
+
+    def cycle(self, program, *args):
+        self.ok("suspend", "--keep-context", *args, program.pid)
+        self.assertEqual(self.state(program.pid)["state"], "suspended")
+        self.ok("resume", program.pid)
+        program.go_on()
+
+    def test_clients_of_mps(self):
+        self.start_daemon()
+        for program in (self.memcheck(env=self.mps), self.tree(env=self.mps)):
+            self.refused(3, "suspend", program.pid, says="MPS")
+            for tier in TIERS:
+                self.cycle(program, "--to", tier)
+
+    def test_memory_is_free_meanwhile(self):
+        self.start_daemon()
+        program = self.start(ODD, "hold", 160, env=self.mps)
+        self.ok("suspend", "--keep-context", program.pid)
+        self.assertGreaterEqual(self.bytes_in(program.pid)[2], 160 * MIB)
+        other = self.start(ODD, "hold", 160)
+        other.kill()
+        self.ok("resume", program.pid)
+        program.go_on()
+
+    def test_without_an_agent(self):
+        self.start_daemon()
+        program = self.memcheck(agent=False)
+        self.refused(3, "suspend", "--keep-context", program.pid, says=("no agent", "--keep-context"))
+        program.go_on()
+
+    def test_after_a_worker_was_killed(self):
+        self.start_daemon()
+        program = self.tree(env=self.mps)
+        for tier in TIERS:
+            self.ok("suspend", "--keep-context", "--to", tier, program.pid)
+            self.kill_worker()
+            self.assertEqual(self.tier(program), tier)
+            self.ok("resume", program.pid)
+            program.go_on()
 
 
 class AtRest(TierCase):
