@@ -44,8 +44,23 @@ static void on_exit(int stage, int ret)
     stage_now = -1;
 }
 
+/* A pre-dump saves host memory of a program that goes on. CRIU cannot pass over what a process has mapped of a GPU, and would fail
+ * at it without a reason that anybody understands, when it has stopped everything. */
+static int on_pre_dump(int pid)
+{
+    if (!bnp_maps_gpu(pid))
+        return -ENOTSUP;
+    bnp_log(BNP_ERROR,
+            "process %d has a GPU in its memory, so CRIU cannot save that ahead of a checkpoint: make one "
+            "without --pre-checkpoint",
+            pid);
+    return -EBUSY;
+}
+
 static int on_pause(int pid)
 {
+    if (stage_now == BNP_STAGE_PRE_DUMP)
+        return on_pre_dump(pid);
     return stage_now == BNP_STAGE_DUMP ? bnp_dump_pause(pid) : -ENOTSUP;
 }
 

@@ -26,6 +26,8 @@ enum bnp_cuda {
 /* Looks at `root` and its descendants in /proc. *who: the process that gave the answer. Never fails: what cannot be read is
  * not CUDA. */
 enum bnp_cuda bnp_tree_cuda(pid_t root, pid_t *who);
+/* Has this one mapped a part of NVIDIA's devices? */
+bool bnp_maps_gpu(pid_t pid);
 
 /* --- freezer.c --- */
 #define BNP_FROZEN_MAX 8

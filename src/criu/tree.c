@@ -62,6 +62,11 @@ static enum bnp_cuda look_at_mappings(pid_t pid)
     return found;
 }
 
+bool bnp_maps_gpu(pid_t pid)
+{
+    return look_at_mappings(pid) == BNP_CUDA_YES;
+}
+
 enum bnp_cuda bnp_tree_cuda(pid_t root, pid_t *who)
 {
     bn_auto_free pid_t *pids = NULL;

@@ -528,7 +528,7 @@ class Devices(PluginTest):
         if not os.path.exists("/dev/fuse"):
             self.skipTest("no /dev/fuse")
         script = ("umount -R -l /dev; mount -t tmpfs dev /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/zero c 1 5 && "
-                  "mknod /dev/urandom c 1 9 && mknod /dev/nvidiactl c 10 229 && mknod /dev/nvidia-uvm c 10 229 && "
+                  "mknod /dev/urandom c 1 9 && mknod /dev/nvidiactl c 10 229 && mknod /dev/nvidia-uvm c 10 229 && mknod /dev/nvidia0 c 1 5 && "
                   "echo ready && exec sleep 1000")
         self.holder = subprocess.Popen(["unshare", "-m", "--propagation", "private", "sh", "-c", script],
                                        stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
@@ -547,6 +547,16 @@ class Devices(PluginTest):
         self.start_tree(1, "agent", device)
         self.start_daemon()
         return self.dump()
+
+    def test_pre_dump_of_a_mapped_gpu_is_refused_first_of_all(self):
+        self.start_tree(1, "agent", "/dev/nvidia0")
+        self.start_daemon()
+        with open(f"/proc/{self.pids[0]}/maps", encoding="utf-8") as f:
+            self.assertIn("/dev/nvidia0", f.read())
+        self.assertNotEqual(self.criu("pre-dump", "-t", str(self.pids[0])), 0)
+        self.assertTrue("without --pre-checkpoint" in self.log("pre-dump"))
+        self.assertEqual(self.requests(), [])
+        self.assert_running()
 
     def test_left_over_control_device_is_opened_anew(self):
         self.assertEqual(self.dump_with("/dev/nvidiactl"), 0)

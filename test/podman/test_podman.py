@@ -120,6 +120,20 @@ class Options(Case):
         c = c.import_as("two", self.path("c.tar"), "--ignore-rootfs")
         self.assertNotIn("left-behind", c.podman("exec", c.name, "/bin/ls", "/"))
 
+    def test_pre_checkpoint(self):
+        """Host memory ahead of a checkpoint: where the kernel cannot tell which was written since, Podman refuses and nothing happens."""
+        c = self.container().run()
+        said = c.podman_says("container", "checkpoint", "--pre-checkpoint", *c.options(), c.name)
+        c.go_on()
+        self.assertTrue(agents_in(c.pid))
+        if said.returncode != 0:
+            self.assertRegex(said.stderr, "memory tracking|missing features")
+            c.checkpoint()
+        else:
+            c.checkpoint("--with-previous")
+        self.assertEqual(len(self.manifest(c.checkpoint_dir)["processes"]), 1)
+        c.restore()
+
     def test_connection_to_the_outside(self):
         with Echo("0.0.0.0") as echo:
             c = self.container().run(command=["/talk", "--connect", f"10.88.0.1:{echo.port}", "/memcheck", *SMALL])
@@ -136,6 +150,49 @@ class Options(Case):
         self.assertTrue(agents_in(c.pid))
         c.checkpoint()
         c.restore()
+
+
+class Upgrade(Case):
+    """Another build of Bennu is installed over the one that a container was started with."""
+
+    def setUp(self):
+        super().setUp()
+        old = harness.AGENT[0]
+        shutil.copy(old, self.path("old.so"))
+        with open(old, "rb") as f:
+            text = bytearray(f.read())
+        note = text.find(b"\x03\0\0\0GNU\0") + 8
+        self.assertGreater(note, 8, "the agent has a build id")
+        text[note] ^= 0xff
+        with open(self.path("new.so"), "wb") as f:
+            f.write(text + b"\0")  # of another length, too
+        self.addCleanup(call, harness.BENNU, "install")
+        self.addCleanup(shutil.copy, self.path("old.so"), old)
+
+    @staticmethod
+    def agent_of(c):
+        """The folder that the container's agent is mounted from."""
+        return re.search(r"\S*(/agents/[^/ ]+)/libbennu\.so ", text_of(f"/proc/{c.pid}/mountinfo")).group(1)
+
+    def test_between_checkpoint_and_restore(self):
+        a = self.container("a", tcp=False).run()
+        first = self.agent_of(a)
+        a.checkpoint("--export", self.path("a.tar"), "--compress", "none")
+        # As a package does it: another file under the same name.
+        os.rename(shutil.copy(self.path("new.so"), harness.AGENT[0] + ".new"), harness.AGENT[0])
+        call(harness.BENNU, "install")
+        a.restore()
+        b = self.container("b", tcp=False).run()
+        self.assertEqual(self.agent_of(a), first)
+        self.assertNotEqual(self.agent_of(b), first)
+        self.assertTrue(agents_in(a.pid) and agents_in(b.pid))
+        for c in (a, b):
+            c.checkpoint()
+            self.assertEqual(len(self.manifest(c.checkpoint_dir)["processes"]), 1)
+            c.restore()
+        a.remove()
+        copy = b.import_as("copy", self.path("a.tar"), older=True)
+        self.assertEqual(self.agent_of(copy), first)
 
 
 class Export(Case):
