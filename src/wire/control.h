@@ -37,6 +37,13 @@ enum bn_ctl_type {
         13, /* u32 pid (dump) or 0 + fd of image directory (restore): events of the session that will act on it,
                             from now on; reply when that session has ended: phases, or its error */
 
+    BN_CTL_PREPARE =
+        14, /* u32 pid, u32 flags, u64 bytes a second (0: no limit), fd image directory with BN_CTL_F_FOLDER, fd of the
+                            parent with BN_CTL_F_PARENT. Copies GPU memory ahead of a dump of the tree, while it runs: into that
+                            directory, and then only until this connection ends; else into the spool. Reply: phases, struct
+                            bn_prepare_reply. The next DUMP_BEGIN of the pid uses it up. */
+    BN_CTL_FORGET = 15, /* u32 pid -> reply: u32 1 if something was copied ahead, which is dropped now */
+
     /* CRIU plugin (and whoever drives CRIU otherwise) */
     BN_CTL_DUMP_BEGIN =
         20, /* u32 root pid, u32 flags, fd image directory, with F_PARENT fd of the parent's. Gates, evicts,
@@ -63,6 +70,7 @@ enum bn_ctl_type {
     /* events */
     BN_CTL_EV_PROGRESS = 100, /* struct bn_progress */
     BN_CTL_EV_PROCESS = 101,  /* struct bn_ps_entry */
+    BN_CTL_EV_TRACE = 102,    /* wire/trace.h: before the reply to SUSPEND, RESUME and WATCH */
 };
 
 enum bn_tier_id { BN_TIER_HOST = 1, BN_TIER_GPU = 2, BN_TIER_DISK = 3 };
@@ -82,7 +90,11 @@ extern const char *const bn_tier_names[BN_TIERS]; /* [0] is NULL */
 #define BN_CTL_F_SYNC \
     16u /* DUMP_BEGIN: everything is on the disk, CRIU's files too, before DUMP_END is answered */
 
-#define BN_CTL_F_PARENT 64u /* DUMP_BEGIN: bytes that the checkpoint in the second descriptor has are shared */
+#define BN_CTL_F_LEVEL_SHIFT 24 /* DUMP_BEGIN: the 8 highest bits are the level of compression, 0 = none */
+#define BN_CTL_F_PARENT \
+    64u /* DUMP_BEGIN: bytes that the checkpoint in the second descriptor has are shared */
+
+#define BN_CTL_F_FOLDER 256u /* PREPARE: the first descriptor is the image directory */
 
 struct bn_ctl_head {
     uint32_t magic;
@@ -113,6 +125,14 @@ struct bn_phases {
     struct bn_phase phase[BN_PHASES_MAX];
 };
 
+struct bn_prepare_reply {
+    uint32_t passes;
+    uint64_t gpu_bytes;  /* at the last pass */
+    uint64_t sent_bytes; /* in all passes */
+    uint64_t last_bytes; /* of these, in the last one */
+    uint64_t gate_ns;    /* the longest time that gates were closed */
+};
+
 struct bn_daemon_info {
     char version[32];
     char driver_path[256];
@@ -123,14 +143,6 @@ struct bn_daemon_info {
     struct {
         char name[64];
         uint8_t uuid[16];
-struct bn_prepare_reply {
-    uint32_t passes;
-    uint64_t gpu_bytes;  /* at the last pass */
-    uint64_t sent_bytes; /* in all passes */
-    uint64_t last_bytes; /* of these, in the last one */
-    uint64_t gate_ns;    /* the longest time that gates were closed */
-};
-
         uint32_t cc; /* 90 = 9.0 */
         uint64_t total, free;
         char no_hash[160]; /* why it is not used for hashing; empty: it is */
@@ -183,17 +195,17 @@ typedef void (*bn_ctl_event_fn)(void *arg, const struct bn_ctl_head *head, struc
 int bn_ctl_call(int sock, uint16_t type, const struct bn_writer *body, const int *fds, size_t nfds,
                 bn_ctl_event_fn on_event, void *arg, void *buf, struct bn_reader *reply,
                 struct bn_error *err);
+/* The second half of that, where the request was sent already. */
+int bn_ctl_answer(int sock, uint16_t type, bn_ctl_event_fn on_event, void *arg, void *buf,
+                  struct bn_reader *reply, struct bn_error *err);
 
 void bn_write_progress(struct bn_writer *w, const struct bn_progress *p);
 void bn_read_progress(struct bn_reader *r, struct bn_progress *p);
 void bn_write_phases(struct bn_writer *w, const struct bn_phases *p);
 void bn_read_phases(struct bn_reader *r, struct bn_phases *p);
+void bn_write_prepare_reply(struct bn_writer *w, const struct bn_prepare_reply *p);
+void bn_read_prepare_reply(struct bn_reader *r, struct bn_prepare_reply *p);
 void bn_write_daemon_info(struct bn_writer *w, const struct bn_daemon_info *i);
 void bn_read_daemon_info(struct bn_reader *r, struct bn_daemon_info *i);
 void bn_write_ps_entry(struct bn_writer *w, const struct bn_ps_entry *e);
 void bn_read_ps_entry(struct bn_reader *r, struct bn_ps_entry *e);
-/* The second half of that, where the request was sent already. */
-int bn_ctl_answer(int sock, uint16_t type, bn_ctl_event_fn on_event, void *arg, void *buf,
-                  struct bn_reader *reply, struct bn_error *err);
-void bn_write_prepare_reply(struct bn_writer *w, const struct bn_prepare_reply *p);
-void bn_read_prepare_reply(struct bn_reader *r, struct bn_prepare_reply *p);
