@@ -43,7 +43,7 @@ static int lock_spool(const char *spool, bool make)
     return fd < 0 ? -errno : BN_TAKE_FD(fd);
 }
 
-static int make_folder(const char *spool, pid_t root)
+int bn_cold_folder(const char *spool, pid_t root)
 {
     char path[PATH_MAX];
     bn_auto_fd lock = lock_spool(spool, true);
@@ -142,7 +142,7 @@ void bn_cold_keep(struct bn_cold *c)
 int bn_cold_new(const char *spool, pid_t root, struct bn_manifest *m, struct bn_cold **out,
                 struct bn_error *err)
 {
-    int fd = make_folder(spool, root);
+    int fd = bn_cold_folder(spool, root);
     struct bn_cold *c = fd < 0 ? NULL : cold_new(fd);
     if (!c) {
         bn_manifest_free(m);

@@ -38,6 +38,9 @@ bool bn_cold_same(const struct bn_cold *c, int dirfd);
 uint64_t bn_cold_bytes(const struct bn_cold *c);
 uint64_t bn_cold_stored(const struct bn_cold *c);
 
+/* An empty folder in `spool`, which is made (0700) where it is missing, locked as long as the descriptor that is returned is open: one
+ * that nobody holds is removed by the next daemon. Or negative errno. */
+int bn_cold_folder(const char *spool, pid_t root);
 /* Remove the folder behind this descriptor, with all that Bennu has put there. */
 void bn_cold_remove(int dirfd);
 /* Remove the folders in `spool` that nobody holds. Returns how many. */

@@ -20,7 +20,8 @@ struct bn_dump {
     struct bn_quiesce q;
     int dirfd;
     struct bn_manifest *manifest;
-    bool has_parent;
+    bool sparse; /* much of it is known beforehand: from a parent, or copied ahead */
+    bool ahead;  /* packs lie in the folder already */
     struct bn_pack_writer *writer;
     uint8_t key[BN_HASH_KEY_SIZE]; /* the writer's, once it is open */
     struct bn_copies copies;
@@ -85,11 +86,11 @@ static int start_writing(struct bn_quiesce *q, struct bn_error *err)
     int r = bn_describe(q, &d->manifest, err);
     /* Container runtimes name one directory again and again (a checkpoint that leaves the container running, one that was kept
      * after a restore), and CRIU writes over its files there: the checkpoint that was in it is lost anyway. */
-    if (r == 0)
+    if (r == 0 && !d->ahead)
         r = bn_image_remove(d->dirfd, err);
-    if (r == 0 && !d->has_parent) /* nobody knows yet how little it will be */
+    if (r == 0 && !d->sparse) /* nobody knows yet how little it will be */
         r = bn_store_check_space(d->dirfd, bn_manifest_bytes(d->manifest), err);
-    if (r == 0)
+    if (r == 0 && !d->ahead)
         r = bn_record_image(q, d->dirfd, &d->record, err);
     if (r == 0)
         r = open_writer(d, err);
@@ -141,14 +142,40 @@ void bn_dump_abort(struct bn_dump *d)
     d->writer = NULL;
 }
 
+/* Before anything is copied: what others have of it. */
+static int join(struct bn_dump *d, const struct bn_dump_options *o, struct bn_error *err)
+{
+    if (o->parent >= 0) {
+        d->sparse = true;
+        return bn_send_open(d->dirfd, o->parent, d->key, &d->writer, err);
+    }
+    if (!o->prepared)
+        return 0;
+    int r = bn_record_image(&d->q, d->dirfd, &d->record, err);
+    if (r < 0)
+        return r;
+    int phase = bn_report_begin(d->q.report, "take-over");
+    struct bn_error why =
+        BN_ERROR_INIT; /* if it cannot be used (no room to copy it to), this is a dump like any other */
+    if (bn_prepared_use(o->prepared, d->dirfd, &d->writer, d->key, &why) == 0)
+        d->sparse = d->ahead = true;
+    else
+        drop_image_record(d);
+    bn_report_end(d->q.report, phase, 0);
+    bn_kill_point(d->q.env, "take-over", "one");
+    return 0;
+}
+
 int bn_dump_begin(struct bn_env *env, pid_t root, const struct bn_dump_options *options,
                   struct bn_report *report, struct bn_dump **out, struct bn_suspended **left,
                   struct bn_error *err)
 {
     *left = NULL;
     struct bn_dump *d = calloc(1, sizeof(*d));
-    if (!d)
+    if (!d) {
+        bn_prepared_free(options->prepared);
         return bn_error_set(err, ENOMEM, "dump", "out of memory");
+    }
     d->dirfd = fcntl(options->dirfd, F_DUPFD_CLOEXEC, 3);
     d->q = (struct bn_quiesce){.env = env,
                                .report = bn_report_ref(report),
@@ -157,9 +184,9 @@ int bn_dump_begin(struct bn_env *env, pid_t root, const struct bn_dump_options *
                                .copy_start = start_writing,
                                .copy_end = stop_writing};
     int r = d->dirfd < 0 ? bn_error_set(err, errno, "dump", "cannot hold the directory: %m") : 0;
-    d->has_parent = options->parent >= 0;
-    if (r == 0 && d->has_parent) /* before any process is touched */
-        r = bn_send_open(d->dirfd, options->parent, d->key, &d->writer, err);
+    if (r == 0)
+        r = join(d, options, err); /* before any process is touched */
+    bn_prepared_free(options->prepared);
     if (r == 0)
         r = bn_quiesce_down(&d->q, err);
     if (r < 0 || d->q.targets.n == 0) {
@@ -246,6 +273,7 @@ int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err)
 {
     bn_kill_point(d->q.env, "commit", "begin");
     int r = bn_copies_finish(&d->copies, &d->q, cancel, err);
+    bn_report_span(d->q.report, "gate", "copy-out", "gpu-pause");
     for (size_t i = 0; r == 0 && i < d->nparts; i++)
         r = bn_sending_settle(d->parts[i], err);
     if (r == 0)

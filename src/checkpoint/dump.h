@@ -9,6 +9,7 @@
  */
 #pragma once
 
+#include "checkpoint/prepare.h"
 #include "checkpoint/suspend.h"
 
 struct bn_dump;
@@ -23,6 +24,9 @@ struct bn_dump_options {
     unsigned flags; /* BN_FIND_…, BN_DUMP_… */
     int dirfd;      /* where the image goes */
     int parent;     /* folder of a checkpoint with which bytes are shared; -1: none */
+    struct bn_prepared *
+        prepared; /* what was copied ahead, or NULL; taken over, also on failure. A parent comes first: then it is
+                                   * dropped, since packs of two families cannot be mixed. */
 };
 
 /* On failure everything is undone and nothing is left in the directory; *left as below. A tree without CUDA is no failure:

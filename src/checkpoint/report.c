@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 struct bn_report {
@@ -86,6 +87,27 @@ void bn_report_end_at(struct bn_report *r, int phase, uint64_t end_ns, uint64_t 
     struct bn_phase *p = &r->phases.phase[phase];
     p->duration_ns = end_ns - r->began_ns - p->start_ns;
     p->bytes = bytes;
+    pthread_mutex_unlock(&r->lock);
+}
+
+static const struct bn_phase *find(const struct bn_phases *all, const char *name)
+{
+    for (uint32_t i = 0; i < all->n; i++)
+        if (strcmp(all->phase[i].name, name) == 0)
+            return &all->phase[i];
+    return NULL;
+}
+
+void bn_report_span(struct bn_report *r, const char *first, const char *last, const char *name)
+{
+    pthread_mutex_lock(&r->lock);
+    const struct bn_phase *a = find(&r->phases, first), *b = find(&r->phases, last);
+    if (a && b && r->phases.n < BN_PHASES_MAX) {
+        struct bn_phase *p = &r->phases.phase[r->phases.n++];
+        *p = (struct bn_phase){.start_ns = a->start_ns,
+                               .duration_ns = b->start_ns + b->duration_ns - a->start_ns};
+        snprintf(p->name, sizeof(p->name), "%s", name);
+    }
     pthread_mutex_unlock(&r->lock);
 }
 

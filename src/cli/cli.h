@@ -47,8 +47,8 @@ struct cli_command {
     int (*run)(int argc, char **argv);
 };
 
-extern const struct cli_command cli_run, cli_dump, cli_restore, cli_suspend, cli_resume, cli_ps, cli_inspect,
-    cli_check, cli_install, cli_uninstall, cli_store;
+extern const struct cli_command cli_run, cli_dump, cli_pre_dump, cli_restore, cli_suspend, cli_resume, cli_ps,
+    cli_inspect, cli_check, cli_install, cli_uninstall, cli_store;
 
 /* Name of the command under way, for messages: "bennu dump". */
 extern const char *cli_name;
@@ -143,6 +143,23 @@ struct cli_cancel *cli_cancel_new(void);
 /* The first signal that came, or 0. All take NULL. */
 int cli_cancel_signal(const struct cli_cancel *c);
 int cli_cancel_free(struct cli_cancel *c);
+
+/* --- pre_dump.c --------------------------------------------------------------------------------------------------------- */
+
+/* What was copied ahead of a dump. */
+struct cli_ahead {
+    struct bn_prepare_reply result;
+    struct bn_phases phases;
+    uint64_t took; /* ns */
+};
+
+/* Bytes a second, with K, M, G or T. NULL: 0, no limit. */
+int cli_parse_bandwidth(const char *text, uint64_t *out);
+/* BN_CTL_PREPARE on `sock`; `dir` and `parent` may be -1. */
+int cli_prepare(int sock, pid_t pid, int dir, int parent, uint64_t per_second, struct cli_progress *progress,
+                struct cli_ahead *out, struct bn_error *err);
+json_t *cli_json_ahead(const struct cli_ahead *a);
+void cli_print_ahead(const struct cli_ahead *a);
 
 /* suspend.c: `type` is BN_CTL_SUSPEND or BN_CTL_RESUME; tier and flags are a suspend's. Returns the exit code. */
 int cli_suspend_or_resume(uint16_t type, pid_t pid, uint32_t tier, uint32_t flags, bool as_json, bool silent);

@@ -11,13 +11,17 @@
 
 #define LOG_FILE "dump.log"
 
-static bool leave_running, driver_path, allow_no_cuda, no_space_check, sync_disk, json, quiet;
+static bool leave_running, live, driver_path, allow_no_cuda, no_space_check, sync_disk, json, quiet;
 static unsigned timeout;
-static const char *parent;
+static const char *parent, *bandwidth;
 
 static const struct cli_option options[] = {
     {"leave-running", 'R', CLI_FLAG, NULL, &leave_running,
      "let the process go on afterwards; else it is ended"},
+    {"live", 'l', CLI_FLAG, NULL, &live,
+     "copy GPU memory while the process runs, so that it is stopped for less time"},
+    {"bandwidth", 'b', CLI_STRING, "BYTES", &bandwidth,
+     "with --live: copy at most so many bytes a second meanwhile, with K, M, G or T"},
     {"parent", 'p', CLI_STRING, "PARENT", &parent,
      "share the GPU memory that this earlier checkpoint has already"},
     {"driver-path", 0, CLI_FLAG, NULL, &driver_path,
@@ -39,7 +43,8 @@ struct dump {
     uint32_t cuda, agents;
     uint64_t gpu_bytes;
     struct bn_phases phases;
-    uint64_t took;
+    uint64_t took, per_second;
+    struct cli_ahead ahead;
     char log_kept[PATH_MAX], parent[PATH_MAX];
     struct cli_cancel *cancel;
 };
@@ -111,7 +116,7 @@ static int criu_options(const struct dump *d, struct bn_error *err)
         criu_set_network_lock(CRIU_NETWORK_LOCK_NFTABLES);
     tell_plugin("BENNU_DRIVER_PATH", driver_path);
     tell_plugin("BENNU_SYNC", sync_disk);
-    if (parent)
+    if (parent && !live) /* else what was copied ahead is of its family already */
         setenv("BENNU_PARENT", d->parent, 1);
     else
         unsetenv("BENNU_PARENT");
@@ -179,6 +184,24 @@ static int check_result(struct dump *d, struct bn_error *err)
     return 0;
 }
 
+/* The daemon keeps what it copied as long as `sock` is open, and the session that our plugin begins uses it. Returns an exit
+ * code. */
+static int copy_ahead(struct dump *d, int *sock, struct bn_error *err)
+{
+    bn_auto_fd from = parent ? open(d->parent, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
+    if (parent && from < 0) {
+        bn_error_set(err, errno, "parent", "cannot open the parent checkpoint %s: %m", d->parent);
+        return CLI_FAILED;
+    }
+    *sock = cli_daemon_connect(err);
+    if (*sock < 0)
+        return CLI_NO_DAEMON;
+    struct cli_progress *progress = cli_progress_new("dump");
+    int r = cli_prepare(*sock, d->pid, d->dir.fd, from, d->per_second, progress, &d->ahead, err);
+    cli_progress_free(progress);
+    return r < 0 ? cli_daemon_exit_code(err) : CLI_OK;
+}
+
 static int checkpoint(struct dump *d, int *sock, struct bn_error *err)
 {
     struct cli_record record;
@@ -234,8 +257,12 @@ static void report(const struct dump *d)
         json_object_set_new(o, "criu_version", json_string(version));
         json_object_set_new(o, "duration_s", json_real((double)d->took / 1e9));
         json_object_set_new(o, "phases", cli_json_phases(&d->phases));
+        if (live)
+            json_object_set_new(o, "live", cli_json_ahead(&d->ahead));
         cli_print_json(o);
     } else if (!quiet) {
+        if (live)
+            cli_print_ahead(&d->ahead);
         cli_print_phases(stdout, &d->phases, d->took);
         printf("process %d (%u with CUDA, %s on the GPU) is in %s%s\n", d->pid, d->cuda,
                cli_bytes(d->gpu_bytes, bytes), d->dir.path, leave_running ? " and goes on" : "");
@@ -283,10 +310,19 @@ static int dump(int argc, char **argv)
     struct bn_error err = BN_ERROR_INIT;
     struct dump d = {.dir = {.fd = -1, .parent = -1, .lock = -1}};
     bn_auto_fd sock = -1;
+    bn_auto_fd ahead = -1;
     if (cli_parse_pid(argv[0], &d.pid) < 0)
         return cli_usage("'%s' is not a process id", argv[0]);
+    if (bandwidth && !live)
+        return cli_usage("--bandwidth is for what --live copies");
+    if (live && driver_path)
+        return cli_usage("--live needs the agents that --driver-path ignores");
+    if (cli_parse_bandwidth(bandwidth, &d.per_second) < 0)
+        return cli_usage("'%s' is no number of bytes a second", bandwidth);
     d.cancel = cli_cancel_new();
     int code = prepare(&d, argv[1], &sock, &err);
+    if (code == CLI_OK && live && d.cuda > 0 && (code = copy_ahead(&d, &ahead, &err)) != CLI_OK)
+        code = failed(&d, code, &err);
     if (code == CLI_OK)
         code = checkpoint(&d, &sock, &err);
     cli_cancel_free(d.cancel);

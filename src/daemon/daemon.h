@@ -4,6 +4,7 @@
  */
 #pragma once
 
+#include "checkpoint/prepare.h"
 #include "checkpoint/quiesce.h"
 #include "checkpoint/suspend.h"
 #include "daemon/keeper.h"
@@ -76,6 +77,7 @@ struct daemon {
     struct suspended_entry *suspended;
     struct published *published;
     struct awaited *awaited;
+    struct prepared_entry *prepared;
     int wake_fd;      /* eventfd: `suspended` changed */
     bool ending;      /* somebody asked for the end */
     unsigned clients; /* threads that serve connections */
@@ -149,6 +151,17 @@ void bn_need_check(struct daemon *d);
 int bn_rest_open(struct daemon *d, sd_event *event);
 /* Something has ended: in a while it may be time to give memory back. */
 void bn_rest_later(struct daemon *d);
+
+/* ---- what was copied ahead of a dump (prepared.c); every function from any thread ---- */
+
+/* Taken out of the list: NULL if there is nothing for the process that has this pid now. */
+struct bn_prepared *bn_take_prepared(struct daemon *d, pid_t root);
+/* Takes p. `owner`: dropped with this connection; NULL: kept until it is used or the process ends. */
+void bn_keep_prepared(struct daemon *d, struct bn_prepared *p, const void *owner);
+void bn_drop_prepared_of(struct daemon *d, const void *owner);
+void bn_drop_all_prepared(struct daemon *d);
+/* Drop each when its process ends; in the event loop's thread, after each bn_keep_prepared (which sets d->wake_fd). */
+void bn_watch_prepared(struct daemon *d, struct sd_event *loop);
 
 /* ---- recovery (recover.c) ---- */
 

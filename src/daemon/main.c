@@ -149,6 +149,7 @@ static int on_wake(sd_event_source *source, int fd, uint32_t revents, void *arg)
     struct daemon *d = arg;
     eventfd_t n;
     eventfd_read(fd, &n);
+    bn_watch_prepared(d, sd_event_source_get_event(source));
     bn_rest_later(d);
     bn_need_check(d);
     bn_reap_suspended(d); /* those that ended while somebody worked on their tree */
@@ -397,6 +398,7 @@ static int prepare(struct daemon *d, const struct options *o, struct bn_error *e
 static void finish(struct daemon *d)
 {
     struct bn_guard *guard = d->env.guard;
+    bn_drop_all_prepared(d);
     bn_daemon_close_gpu(d);
     bn_guard_free(guard);
 }

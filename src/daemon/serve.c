@@ -274,7 +274,8 @@ static int on_suspend(struct client *c, struct request *rq, struct bn_writer *re
     }
     struct pump pump;
     pump_start(&pump, c, c->report, flags & BN_CTL_F_PROGRESS);
-    r = bn_suspend(&c->d->env, pid, tier, flags & BN_CTL_F_KEEP_CONTEXT ? BN_FIND_KEEP_CONTEXT : 0, c->report, &c->gone, &s, err);
+    r = bn_suspend(&c->d->env, pid, tier, flags & BN_CTL_F_KEEP_CONTEXT ? BN_FIND_KEEP_CONTEXT : 0, c->report,
+                   &c->gone, &s, err);
     pump_stop(&pump);
     if (r < 0) {
         keep_left(c, s);
@@ -364,6 +365,61 @@ static int on_watch(struct client *c, struct request *rq, struct bn_writer *repl
     return -outcome.code;
 }
 
+static int prepare_tree(struct client *c, pid_t root, const struct bn_prepare_options *o,
+                        struct bn_prepare_stats *stats, struct bn_error *err)
+{
+    /* What is there is gone on with, unless something else was asked for. */
+    struct bn_prepared *p = bn_take_prepared(c->d, root);
+    if (o->parent >= 0) {
+        bn_prepared_free(p);
+        p = NULL;
+    }
+    struct pump pump;
+    pump_start(&pump, c, c->report, true);
+    int r = bn_prepare(&c->d->env, root, o, c->report, &c->gone, &p, stats, err);
+    pump_stop(&pump);
+    if (r == 0)
+        bn_keep_prepared(c->d, p, o->dirfd >= 0 ? c : NULL);
+    return r;
+}
+
+static int on_prepare(struct client *c, struct request *rq, struct bn_writer *reply, struct bn_error *err)
+{
+    pid_t root = (pid_t)bn_read_u32(&rq->body);
+    uint32_t flags = bn_read_u32(&rq->body);
+    struct bn_prepare_options o = {.dirfd = -1, .parent = -1, .per_second = bn_read_u64(&rq->body)};
+    if (flags & BN_CTL_F_FOLDER)
+        o.dirfd = rq->fd;
+    if (flags & BN_CTL_F_PARENT)
+        o.parent = flags & BN_CTL_F_FOLDER ? rq->second : rq->fd;
+    if ((flags & BN_CTL_F_FOLDER && o.dirfd < 0) || (flags & BN_CTL_F_PARENT && o.parent < 0))
+        return bn_error_set(err, EINVAL, "pre-dump", "a descriptor is missing in the request");
+    int r = session_open(c, root, -1, err);
+    if (r < 0)
+        return r;
+    struct bn_prepare_stats stats = {0};
+    r = check_free(c, root, err);
+    if (r == 0)
+        r = prepare_tree(c, root, &o, &stats, err);
+    write_phases(c, reply);
+    bn_write_prepare_reply(reply, &(struct bn_prepare_reply){.passes = stats.passes,
+                                                             .gpu_bytes = stats.gpu_bytes,
+                                                             .sent_bytes = stats.sent_bytes,
+                                                             .last_bytes = stats.last_bytes,
+                                                             .gate_ns = stats.gate_ns});
+    session_close(c, r < 0 ? err : NULL);
+    return r;
+}
+
+static int on_forget(struct client *c, struct request *rq, struct bn_writer *reply, struct bn_error *err)
+{
+    (void)err;
+    struct bn_prepared *p = bn_take_prepared(c->d, (pid_t)bn_read_u32(&rq->body));
+    bn_write_u32(reply, p != NULL);
+    bn_prepared_free(p);
+    return 0;
+}
+
 static int on_dump_begin(struct client *c, struct request *rq, struct bn_writer *reply, struct bn_error *err)
 {
     pid_t root = (pid_t)bn_read_u32(&rq->body);
@@ -382,7 +438,8 @@ static int on_dump_begin(struct client *c, struct request *rq, struct bn_writer 
     struct bn_dump_options how = {.flags = (flags & BN_CTL_F_DRIVER_PATH ? BN_FIND_DRIVER_PATH : 0) |
                                            (flags & BN_CTL_F_SYNC ? BN_DUMP_SYNC : 0),
                                   .dirfd = rq->fd,
-                                  .parent = flags & BN_CTL_F_PARENT ? rq->second : -1};
+                                  .parent = flags & BN_CTL_F_PARENT ? rq->second : -1,
+                                  .prepared = bn_take_prepared(c->d, root)};
     r = bn_dump_begin(&c->d->env, root, &how, c->report, &c->dump, &left, err);
     keep_left(c, left);
     if (r < 0 || !c->dump)
@@ -501,6 +558,8 @@ static const struct {
     {BN_CTL_RESUME, on_resume},
     {BN_CTL_CHECK, on_check},
     {BN_CTL_WATCH, on_watch},
+    {BN_CTL_PREPARE, on_prepare},
+    {BN_CTL_FORGET, on_forget},
     {BN_CTL_DUMP_BEGIN, on_dump_begin},
     {BN_CTL_DUMP_PROCESS, on_dump_process},
     {BN_CTL_DUMP_THREAD, on_dump_thread},
@@ -582,6 +641,7 @@ static void abandon(struct client *c)
     session_close(c, NULL);
     bn_restore_free(c->restore);
     c->restore = NULL;
+    bn_drop_prepared_of(c->d, c);
 }
 
 void bn_daemon_serve(struct daemon *d, int fd)

@@ -1,8 +1,12 @@
 """Checkpoints that send little: chunks asked for by their hashes."""
 
 
+import os
+import signal
+import subprocess
+
 import harness
-from harness import BUILD, Case
+from harness import BENNU, BUILD, CRIU, Case, text_of
 
 CUT = f"{BUILD}/test/cr/cut"
 MIB = 1 << 20
@@ -67,6 +71,179 @@ class Hashes(Live):
         self.refused(1, "dump", program.pid, self.path("ck"),
                      says=("arrived with other bytes than were hashed", "GPU 0 (Simulated GPU)"))
         self.no_checkpoint(self.path("ck"))
+        program.go_on()
+
+
+class Ahead(Live):
+    """GPU memory that was copied before the dump, while the program ran."""
+
+    def rest(self, program):
+        """Hold the program still, so that what is new is known exactly."""
+        os.kill(program.pid, signal.SIGUSR1)
+        harness.wait_for(lambda: "sigsuspend" in text_of(f"/proc/{program.pid}/wchan"), "it rests", program.trouble)
+
+    def spool(self):
+        try:
+            return os.listdir(os.path.join(self.rundir, "spool"))
+        except FileNotFoundError:
+            return []
+
+    def test_a_dump_sends_only_what_changed(self):
+        self.start_daemon()
+        program = self.cut()
+        self.rest(program)
+        ahead = self.ok_json("pre-dump", program.pid)
+        self.assertEqual(len(self.spool()), 1)
+        # Two passes at most, of which the second finds nothing to do.
+        self.assertEqual(ahead["last_bytes"], 0 if ahead["passes"] > 1 else ahead["sent_bytes"])
+        os.kill(program.pid, signal.SIGUSR2)
+        program.go_on()
+        answer = self.dump_json(program, "ck")
+        # What is hot, the block that is made anew, and what is smaller than a chunk.
+        self.assertLessEqual(self.bytes_of(answer, "copy-out"), (8 + 4 + 2) * 2 * MIB)
+        self.assertGreater(ahead["sent_bytes"], self.bytes_of(answer, "copy-out"))
+        self.assertEqual(self.spool(), [])
+        self.assertIs(self.ok_json("inspect", "--verify", self.path("ck"))["verified"], True)
+        self.restore(program)
+        program.go_on()
+
+    def test_nothing_changed_and_nothing_is_sent(self):
+        self.start_daemon()
+        program = self.cut()
+        self.rest(program)
+        self.ok("pre-dump", program.pid)
+        answer = self.dump_json(program, "ck")
+        self.assertEqual(self.bytes_of(answer, "copy-out"), 0)
+        self.restore(program)
+        os.kill(program.pid, signal.SIGUSR2)
+        program.go_on()
+
+    def test_a_plain_criu_dump_uses_it(self):
+        self.start_daemon()
+        program = self.cut()
+        self.rest(program)
+        self.ok("pre-dump", program.pid)
+        os.mkdir(self.path("ck"))
+        done = self.run_command([CRIU, "dump", "-t", program.pid, "-D", self.path("ck"), "-o", "dump.log", "-v4", "-L",
+                                 harness.PLUGIN_DIR])
+        self.assertEqual(done.returncode, 0, text_of(self.path("ck", "dump.log"))[-2000:])
+        program.gone([])
+        seen = self.ok_json("inspect", "--verify", self.path("ck"))
+        self.assertEqual(self.bytes_of(seen, "copy-out"), 0)
+        self.restore(program)
+        os.kill(program.pid, signal.SIGUSR2)
+        program.go_on()
+
+    def test_it_is_dropped(self):
+        self.start_daemon()
+        program = self.cut()
+        self.ok("pre-dump", program.pid)
+        self.assertEqual(len(self.spool()), 1)
+        self.ok("pre-dump", "--drop", program.pid)
+        self.assertEqual(self.spool(), [])
+        self.refused(1, "pre-dump", "--drop", program.pid, says="nothing was copied ahead")
+        # With its process.
+        self.ok("pre-dump", program.pid)
+        program.kill()
+        harness.wait_for(lambda: self.spool() == [], "it is removed with its process")
+        # With the daemon, also when that is killed.
+        other = self.cut()
+        self.ok("pre-dump", other.pid)
+        self.assertEqual(self.stop_daemon(), 0)
+        self.assertEqual(self.spool(), [])
+        other.go_on()
+
+    def test_again_and_again(self):
+        """Each goes on with what is there."""
+        self.start_daemon()
+        program = self.cut()
+        first = self.ok_json("pre-dump", program.pid)
+        program.go_on()
+        second = self.ok_json("pre-dump", program.pid)
+        self.assertLess(second["sent_bytes"], first["sent_bytes"])
+        self.assertEqual(len(self.spool()), 1)
+        self.dump_json(program, "ck")
+        self.restore(program)
+        program.go_on()
+
+    def test_without_hashing_on_the_gpu(self):
+        """Everything is sent twice, and stored once."""
+        self.start_daemon(BENNU_SIM_HASH="wrong")
+        program = self.cut()
+        self.rest(program)
+        ahead = self.ok_json("pre-dump", program.pid)
+        self.assertEqual((ahead["passes"], ahead["sent_bytes"]), (1, ahead["gpu_bytes"]))
+        answer = self.dump_json(program, "ck")
+        self.assertEqual(self.bytes_of(answer, "copy-out"), answer["gpu_bytes"])
+        self.restore(program)
+        os.kill(program.pid, signal.SIGUSR2)
+        program.go_on()
+
+    def test_no_cuda(self):
+        self.start_daemon()
+        with subprocess.Popen(["sleep", "1000"], env=self.env) as other:
+            self.refused(3, "pre-dump", other.pid, says="does not use CUDA")
+            other.kill()
+
+
+class WhileItRuns(Live):
+    """bennu dump --live: every image is a state that the program was really in."""
+
+    def live(self, program, name, *args):
+        answer = self.dump_json(program, name, "--live", *args)
+        self.assertGreaterEqual(answer["live"]["passes"], 1)
+        return answer
+
+    def test_one_after_another(self):
+        self.start_daemon()
+        program = self.cut()
+        for n in range(3):
+            self.live(program, f"ck{n}", "--leave-running")
+            program.go_on()
+            self.assertIs(self.ok_json("inspect", "--verify", self.path(f"ck{n}"))["verified"], True)
+        program.pids = [program.pid]
+        program.kill()
+        for n in (1, 0, 2):
+            program.will_go_back()
+            self.restore(program, self.path(f"ck{n}"))
+            program.go_on()
+            program.kill()
+
+    def test_tree(self):
+        self.start_daemon()
+        program = self.tree(children=1)
+        children = harness.children_of(program.pid)
+        program.pids = [program.pid] + children
+        self.ok("dump", "--live", program.pid, self.path("ck"))
+        program.gone(children)
+        self.restore(program)
+        program.go_on()
+
+    def test_with_a_parent(self):
+        self.start_daemon()
+        program = self.cut()
+        self.dump_json(program, "first", "--leave-running")
+        program.go_on()
+        answer = self.live(program, "second", f"--parent={self.path('first')}")
+        self.assertLessEqual(answer["live"]["phases"][2]["bytes"], answer["gpu_bytes"] // 2)
+        self.restore(program, self.path("second"))
+        program.go_on()
+
+    def test_bandwidth(self):
+        """So little that it would take minutes: an interrupted one leaves nothing, and the program goes on."""
+        self.start_daemon()
+        program = self.cut()
+        command = [BENNU, "dump", "--live", "--bandwidth=100K", str(program.pid), self.path("ck")]
+        with open(self.path("slow"), "wb") as out:
+            slow = subprocess.Popen(command, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        harness.wait_for(lambda: "bennu-pack-0.img" in (os.listdir(self.path("ck")) if os.path.isdir(self.path("ck")) else ()),
+                         "it copies", lambda: None if slow.poll() is None else text_of(self.path("slow")))
+        program.go_on()
+        slow.kill()
+        slow.wait()
+        harness.wait_for(lambda: os.listdir(self.path("ck")) == [], "the packs are removed")
+        self.live(program, "ck", "--bandwidth=4G")
+        self.restore(program)
         program.go_on()
 
 

@@ -99,6 +99,28 @@ class Dump(FaultTest):
         self.cycle()
         self.stop()
 
+    def test_ahead_of_a_dump(self):
+        """What was copied is removed, and nothing else is noticed."""
+        for point, *command in (("pre-gate:begin", "pre-dump"), ("pre-gate:one", "pre-dump"), ("pre-gate:end", "pre-dump"),
+                                ("pre-copy:one", "pre-dump"), ("pre-copy:one", "dump", "--live", "--leave-running"),
+                                ("take-over:one", "dump", "--live", "--leave-running")):
+            with self.subTest(point):
+                self.daemon = Daemon(self, point)
+                into = [self.path("ck")] if command[0] == "dump" else []
+                done = self.bennu(*command, self.app.pid, *into)
+                self.assertNotEqual(done.returncode, 0)
+                self.daemon.wait_killed()
+                self.wait_state("running", "no agent")
+                self.app.go_on()
+                self.assertFalse(os.path.exists(self.path("ck")))
+                spool = self.path("run", "spool")
+                self.assertEqual(os.listdir(spool) if os.path.isdir(spool) else [], [])
+                self.stop()
+        self.daemon = Daemon(self)
+        self.succeeds("pre-dump", self.app.pid)
+        self.cycle()
+        self.stop()
+
     def test_private_daemon(self):
         """No daemon runs: the plugin's own has the same protection."""
         for point in ("hand-over:end", "evict:end", "driver-checkpoint:one", "driver-checkpoint:end", "commit:one", "reply:begin"):

@@ -17,7 +17,7 @@ import unittest
 BUILD = os.environ["BENNU_BUILD"]
 SOURCE = os.environ["BENNU_SOURCE"]
 
-COMMANDS = ("check", "dump", "inspect", "install", "ps", "restore", "resume", "run", "store", "suspend", "uninstall")
+COMMANDS = ("check", "dump", "inspect", "install", "pre-dump", "ps", "restore", "resume", "run", "store", "suspend", "uninstall")
 
 
 def run(*command, **more):
