@@ -166,30 +166,6 @@ static int join(struct bn_dump *d, const struct bn_dump_options *o, struct bn_er
     return 0;
 }
 
-/* Before anything is copied: what others have of it. */
-static int join(struct bn_dump *d, const struct bn_dump_options *o, struct bn_error *err)
-{
-    if (o->parent >= 0) {
-        d->sparse = true;
-        return bn_send_open(d->dirfd, o->parent, d->key, &d->writer, err);
-    }
-    if (!o->prepared)
-        return 0;
-    int r = bn_record_image(&d->q, d->dirfd, &d->record, err);
-    if (r < 0)
-        return r;
-    int phase = bn_report_begin(d->q.report, "take-over");
-    struct bn_error why =
-        BN_ERROR_INIT; /* if it cannot be used (no room to copy it to), this is a dump like any other */
-    if (bn_prepared_use(o->prepared, d->dirfd, &d->writer, d->key, &why) == 0)
-        d->sparse = d->ahead = true;
-    else
-        drop_image_record(d);
-    bn_report_end(d->q.report, phase, 0);
-    bn_kill_point(d->q.env, "take-over", "one");
-    return 0;
-}
-
 int bn_dump_begin(struct bn_env *env, pid_t root, const struct bn_dump_options *options,
                   struct bn_report *report, struct bn_dump **out, struct bn_suspended **left,
                   struct bn_error *err)

@@ -27,9 +27,6 @@ struct bn_dump_options {
     struct bn_prepared *
         prepared; /* what was copied ahead, or NULL; taken over, also on failure. A parent comes first: then it is
                                    * dropped, since packs of two families cannot be mixed. */
-    struct bn_prepared *
-        prepared; /* what was copied ahead, or NULL; taken over, also on failure. A parent comes first: then it is
-                                   * dropped, since packs of two families cannot be mixed. */
 };
 
 /* On failure everything is undone and nothing is left in the directory; *left as below. A tree without CUDA is no failure:
