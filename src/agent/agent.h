@@ -48,6 +48,8 @@ int bn_fd_high(int fd) BN_API_LOCAL;
 struct bn_kept;
 /* Take `fd` over into `kept`, at a high number. */
 int bn_kept_take(struct bn_kept *kept, int fd) BN_API_LOCAL;
+/* Another file was put at its number. */
+void bn_kept_moved(struct bn_kept *kept) BN_API_LOCAL;
 /* Still the file that was taken over? */
 bool bn_kept_valid(const struct bn_kept *kept) BN_API_LOCAL;
 void bn_kept_close(struct bn_kept *kept) BN_API_LOCAL;

@@ -207,7 +207,11 @@ static CUresult export_one(const struct bn_seg *seg, int *fd)
         *fd = fcntl(seg->kept.fd, F_DUPFD_CLOEXEC, 0);
         return *fd < 0 ? CUDA_ERROR_OPERATING_SYSTEM : CUDA_SUCCESS;
     }
-    return bn_real.cuMemExportToShareableHandle(fd, seg->real, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+    CUresult r =
+        bn_real.cuMemExportToShareableHandle(fd, seg->real, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+    if (r == CUDA_SUCCESS)
+        fcntl(*fd, F_SETFD, FD_CLOEXEC);
+    return r;
 }
 
 int bn_evict_export(uint64_t at, struct bn_answer *a)

@@ -12,6 +12,12 @@
 #define F_GET_SEALS 1034
 #endif
 
+#ifndef F_SETSIG
+#define F_SETSIG 10
+#define F_GETSIG 11
+#endif
+#define MARKS 64 /* numbers of signals */
+
 static struct rlimit before;
 static bool lifted;
 
@@ -36,18 +42,6 @@ int bn_fd_high(int fd)
     return high;
 }
 
-int bn_kept_take(struct bn_kept *kept, int fd)
-{
-    struct stat st;
-    if (bn_fstat(fd, &st) < 0)
-        return -errno;
-    int high = bn_fd_high(fd);
-    if (high < 0)
-        return high;
-    *kept = (struct bn_kept){high, st.st_dev, st.st_rdev, st.st_ino};
-    return 0;
-}
-
 /* A restored process has its sockets at the old numbers, but the kernel numbers them anew: what they are must do. */
 static bool is_seqpacket(int fd)
 {
@@ -63,6 +57,45 @@ static bool is_page(int fd, const struct stat *st)
     return S_ISREG(st->st_mode) && st->st_size == BN_AGENT_PAGE_SIZE && fcntl(fd, F_GET_SEALS) > 0;
 }
 
+/* Files of the driver's are alike to fstat: they share an inode, or are opens of one device. But what fcntl(F_SETSIG) sets belongs
+ * to the open file, nothing else comes of it while O_ASYNC is off, and a file that somebody opens has 0. So one that is
+ * kept gets a number of its own there. A duplicate of a file that is kept already has its number. */
+static int mark(int fd, const struct stat *st)
+{
+    static uint32_t last;
+    if (S_ISSOCK(st->st_mode) || is_page(fd, st)) /* these are in checkpoints, and known otherwise */
+        return 0;
+    int have = fcntl(fd, F_GETSIG);
+    if (have > 0)
+        return have;
+    int number = (int)(__atomic_fetch_add(&last, 1, __ATOMIC_RELAXED) % MARKS) + 1;
+    return fcntl(fd, F_SETSIG, number) == 0 ? number : 0;
+}
+
+int bn_kept_take(struct bn_kept *kept, int fd)
+{
+    struct stat st;
+    if (bn_fstat(fd, &st) < 0)
+        return -errno;
+    int high = bn_fd_high(fd);
+    if (high < 0)
+        return high;
+    *kept = (struct bn_kept){
+        .fd = high, .mark = mark(high, &st), .dev = st.st_dev, .rdev = st.st_rdev, .ino = st.st_ino};
+    return 0;
+}
+
+void bn_kept_moved(struct bn_kept *kept)
+{
+    struct stat st;
+    if (bn_fstat(kept->fd, &st) == 0)
+        *kept = (struct bn_kept){.fd = kept->fd,
+                                 .mark = mark(kept->fd, &st),
+                                 .dev = st.st_dev,
+                                 .rdev = st.st_rdev,
+                                 .ino = st.st_ino};
+}
+
 bool bn_kept_valid(const struct bn_kept *kept)
 {
     struct stat st;
@@ -72,7 +105,8 @@ bool bn_kept_valid(const struct bn_kept *kept)
         return is_seqpacket(kept->fd);
     if (is_page(kept->fd, &st))
         return true;
-    return st.st_dev == kept->dev && st.st_ino == kept->ino && st.st_rdev == kept->rdev;
+    return st.st_dev == kept->dev && st.st_ino == kept->ino && st.st_rdev == kept->rdev &&
+           fcntl(kept->fd, F_GETSIG) == kept->mark;
 }
 
 void bn_kept_close(struct bn_kept *kept)

@@ -6,7 +6,6 @@
  * is taken as agreement, since the memory is meant for a process that the owner cannot name. */
 #include "agent/agent.h"
 #include "agent/gate.h"
-#include "agent/libc.h"
 #include "agent/track.h"
 
 #include <fcntl.h>
@@ -71,13 +70,9 @@ static CUresult offer_locked(struct bn_alloc *a)
 /* Make the offered numbers stand for the file of `from`. */
 static void put_in_place(struct bn_seg *seg, int from)
 {
-    struct stat st;
-    for (struct bn_alloc *a = seg->offers; a; a = a->next) {
-        int fd = a->offered.fd;
-        if (bn_kept_valid(&a->offered) && from >= 0 && dup3(from, fd, O_CLOEXEC) >= 0 &&
-            bn_fstat(fd, &st) == 0)
-            a->offered = (struct bn_kept){fd, st.st_dev, st.st_rdev, st.st_ino};
-    }
+    for (struct bn_alloc *a = seg->offers; a; a = a->next)
+        if (bn_kept_valid(&a->offered) && from >= 0 && dup3(from, a->offered.fd, O_CLOEXEC) >= 0)
+            bn_kept_moved(&a->offered);
 }
 
 void bn_ipc_withdraw_locked(struct bn_seg *seg)

@@ -25,6 +25,7 @@
 #define MEMFD_SEALING 0x0002u
 #define DRAIN_MAX 1024
 #define CONTROLLER_LOOK_MS 200 /* between two looks whether the one who closed the gate still lives */
+#define FLIGHT_NS 1000000000u  /* nobody waits longer for the end of a fork, or forks later */
 
 static struct bn_agent_page own_page; /* until there is a shared one */
 static struct bn_agent_page *shared = &own_page;
@@ -170,40 +171,73 @@ static void open_if_alone(void)
 /* Until there is a request. At rest, and while the memory is away, this wakes up for nothing else. */
 static void wait_for_request(void)
 {
-    while (bn_control_open_alone()) {
+    for (;;) {
         struct pollfd p = {.fd = near.fd, .events = POLLIN};
-        int n = poll(&p, 1, CONTROLLER_LOOK_MS);
-        if (n > 0)
+        int n = poll(&p, 1, bn_control_open_alone() ? CONTROLLER_LOOK_MS : -1);
+        if (n > 0 || (n < 0 && errno != EINTR))
             return;
         if (n == 0)
             open_if_alone();
     }
 }
 
-static void *agent_main(void *unused)
+/* ---- descriptors on their way ---------------------------------------------------------------------- */
+
+/* The thread (its id) that has descriptors of GPU memory which are in no table yet, or that forks: a child would keep them. */
+static uint32_t flight;
+
+/* In the end it goes on without: whoever has it may be stopped, or wait for something that this thread holds. */
+static void flight_begin(void)
+{
+    uint32_t me = (uint32_t)syscall(SYS_gettid), none = 0;
+    uint64_t end = bn_clock_ns() + FLIGHT_NS;
+    while (!__atomic_compare_exchange_n(&flight, &none, me, false, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED)) {
+        if (bn_clock_ns() >= end)
+            return;
+        struct timespec ts = {0, 200000};
+        nanosleep(&ts, NULL);
+        none = 0;
+    }
+}
+
+static void flight_end(void)
+{
+    uint32_t me = (uint32_t)syscall(SYS_gettid);
+    __atomic_compare_exchange_n(&flight, &me, 0, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+}
+
+/* The next request, and its answer; false when there can be no more. */
+static bool serve_one(void)
 {
     static char packet[BN_AGENT_MSG_MAX];
     static struct bn_answer a;
+    int fds[BN_AGENT_BATCH];
+    unsigned nfds = 0;
+    wait_for_request();
+    uint32_t state = bn_load(&bn_agent_page()->state);
+    if (state != BN_AGENT_ACTIVE)
+        flight_begin();
+    /* Descriptors may arrive in any packet; where the limit leaves no room, they would silently be missing. At no other
+     * time is it lifted: a checkpoint would keep it so. */
+    if (state == BN_AGENT_EVICTED)
+        bn_fd_limit_lift();
+    ssize_t len = receive(near.fd, MSG_DONTWAIT, packet, sizeof(packet), fds, &nfds);
+    if (state == BN_AGENT_EVICTED)
+        bn_fd_limit_restore();
+    if (len > 0 && bn_control_handle(packet, (size_t)len, fds, nfds, &a))
+        answer(&a);
+    flight_end();
+    return len > 0 || len == -EAGAIN;
+}
+
+static void *agent_main(void *unused)
+{
     CUstreamCaptureMode relaxed = CU_STREAM_CAPTURE_MODE_RELAXED;
     bn_store(&bn_agent_page()->tid, (uint32_t)syscall(SYS_gettid));
     if (bn_real.cuThreadExchangeStreamCaptureMode)
         bn_real.cuThreadExchangeStreamCaptureMode(&relaxed);
-    while (bn_kept_valid(&near)) {
-        int fds[BN_AGENT_BATCH];
-        unsigned nfds = 0;
-        /* Descriptors may arrive in any packet; where the limit leaves no room, they would silently be missing. */
-        wait_for_request();
-        bool want_room = bn_load(&bn_agent_page()->state) == BN_AGENT_EVICTED;
-        if (want_room)
-            bn_fd_limit_lift();
-        ssize_t len = receive(near.fd, 0, packet, sizeof(packet), fds, &nfds);
-        if (want_room)
-            bn_fd_limit_restore();
-        if (len <= 0)
-            break;
-        if (bn_control_handle(packet, (size_t)len, fds, nfds, &a))
-            answer(&a);
-    }
+    while (bn_kept_valid(&near) && serve_one())
+        ;
     if (bn_control_open_alone()) /* nobody can ask for it any more */
         bn_control_open();
     stepped_aside("the program closed the agent's descriptors");
@@ -300,6 +334,7 @@ static void after_fork_in_child(void)
     bn_idle_after_fork();
     bn_need_after_fork();
     bn_gate_after_fork();
+    flight = 0;
     converting = 0;
     started = 0;
 }
@@ -312,7 +347,7 @@ void bn_agent_start(void)
     int saved = errno;
     bn_gate_init();
     if (!__atomic_exchange_n(&atfork_done, 1, __ATOMIC_ACQ_REL))
-        pthread_atfork(NULL, NULL, after_fork_in_child);
+        pthread_atfork(flight_begin, flight_end, after_fork_in_child);
     const char *what = "make its page";
     int r = make_page();
     if (r == 0) {

@@ -38,6 +38,7 @@ enum bn_seg_kind {
  * descriptors that are not theirs. */
 struct bn_kept {
     int fd; /* 0: none (numbers this low are never used for it) */
+    int mark;
     dev_t dev, rdev;
     ino_t ino;
 };

@@ -16,6 +16,9 @@
  *   hammer / stop       threads that copy and check all the time / their number of calls
  *   block / unblock     work on the stream that does not end / ends; "wait" begins a thread that waits for it
  *   free I              block I
+ *   swap / swapped      put another open of the same file in the place of each high descriptor of GPU memory; how many: then, and
+ *                       still open now
+ *   forks / leaks       a thread that forks all the time; ends it: children so far that had GPU memory's descriptors
  *   limit N             soft limit of descriptors
  *   fork                a child that checks what a child may expect
  *   ipcget I            cuIpcGetMemHandle of block I, in hex
@@ -25,6 +28,7 @@
  */
 #include "cu.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -194,6 +198,85 @@ static void do_fork(void)
     int status = 0;
     waitpid(child, &status, 0);
     printf(status == 0 ? "ok\n" : "no %d child\n", WEXITSTATUS(status));
+}
+
+/* Is it a descriptor of GPU memory? */
+static bool is_memory(int fd)
+{
+    char path[64], link[256] = "";
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+    return readlink(path, link, sizeof(link) - 1) > 0 && strstr(link, "/memfd:cuda-sim.") == link;
+}
+
+#define NUMBERS 2048
+static bool swapped[NUMBERS];
+
+static void swap(void)
+{
+    int n = 0;
+    for (int fd = 512; fd < NUMBERS; fd++) {
+        char path[64];
+        snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+        int other = is_memory(fd) ? open(path, O_RDWR | O_CLOEXEC) : -1;
+        if (other < 0)
+            continue;
+        dup2(other, fd);
+        close(other);
+        swapped[fd] = true;
+        n++;
+    }
+    printf("ok %d\n", n);
+}
+
+static void count_swapped(void)
+{
+    int n = 0;
+    for (int fd = 0; fd < NUMBERS; fd++)
+        n += swapped[fd] && is_memory(fd);
+    printf("ok %d\n", n);
+}
+
+static pthread_t forker;
+static int stop_forks, forks, leaks;
+
+static void *fork_on(void *unused)
+{
+    while (!__atomic_load_n(&stop_forks, __ATOMIC_RELAXED)) {
+        int status = 0;
+        pid_t child = fork();
+        if (child == 0) {
+            for (int fd = 3; fd < NUMBERS; fd++)
+                if (is_memory(fd))
+                    _exit(1);
+            _exit(0);
+        }
+        waitpid(child, &status, 0);
+        leaks += status != 0;
+        __atomic_fetch_add(&forks, 1, __ATOMIC_RELAXED);
+    }
+    return NULL;
+}
+
+static bool forking(const char *word)
+{
+    if (strcmp(word, "forks") == 0) {
+        stop_forks = forks = leaks = 0;
+        pthread_create(&forker, NULL, fork_on, NULL);
+        while (__atomic_load_n(&forks, __ATOMIC_RELAXED) == 0)
+            usleep(1000);
+        printf("ok\n");
+    } else if (strcmp(word, "leaks") == 0) {
+        __atomic_store_n(&stop_forks, 1, __ATOMIC_RELAXED);
+        pthread_join(forker, NULL);
+        printf("ok %d of %d\n", leaks, forks);
+    } else if (strcmp(word, "swap") == 0) {
+        swap();
+    } else if (strcmp(word, "swapped") == 0) {
+        count_swapped();
+    } else {
+        return false;
+    }
+    return true;
 }
 
 static void set_limit(unsigned n)
@@ -438,7 +521,7 @@ static bool special(const char *word, unsigned long a)
 
 static void obey(const char *word, unsigned long a, unsigned long b)
 {
-    if (blocking(word) || special(word, a) || sharing(word, a, b) || trying(word, a, b))
+    if (blocking(word) || special(word, a) || sharing(word, a, b) || trying(word, a, b) || forking(word))
         return;
     if (strcmp(word, "alloc") == 0) {
         struct block *block = &blocks[count++];
