@@ -12,14 +12,22 @@ int bn_copies_start(struct bn_copies *c, struct bn_quiesce *q, const char *name,
                     void *arg, struct bn_error *err)
 {
     size_t parts = bn_targets_parts(&q->targets);
-    *c = (struct bn_copies){.jobs = calloc(parts ? parts : 1, sizeof(*c->jobs)), .phase = -1, .name = name};
-    if (!c->jobs)
+    *c = (struct bn_copies){.jobs = calloc(parts ? parts : 1, sizeof(*c->jobs)),
+                            .whose = calloc(parts ? parts : 1, sizeof(*c->whose)),
+                            .phase = -1,
+                            .name = name};
+    if (!c->jobs || !c->whose) {
+        free(c->jobs);
+        free(c->whose);
+        *c = (struct bn_copies){.phase = -1};
         return bn_error_set(err, ENOMEM, name, "out of memory");
+    }
     c->phase = bn_report_begin(q->report, name);
     for (size_t i = 0; i < q->targets.n; i++) {
         struct bn_target *t = &q->targets.v[i];
         for (size_t p = 0; p < t->nparts; p++) {
             struct bn_copy *job = NULL;
+            c->whose[c->n] = (struct bn_copy_whose){t->pid ? t->pid : t->inner, t->parts[p].dev, bn_now_ns()};
             int r = make(q, t, &t->parts[p], arg, &job, err);
             if (r < 0) {
                 bn_copies_cancel(c, q);
@@ -38,9 +46,12 @@ static void end(struct bn_copies *c, struct bn_quiesce *q, uint64_t bytes)
     for (size_t i = 0; i < c->n; i++) {
         uint64_t ended = bn_copy_end_ns(c->jobs[i]);
         last = ended > last ? ended : last;
+        bn_report_part(q->report, c->name, c->whose[i].pid, c->whose[i].dev, c->whose[i].start_ns,
+                       ended ? ended : bn_now_ns(), bn_copy_done(c->jobs[i]));
         bn_copy_free(c->jobs[i]);
     }
     free(c->jobs);
+    free(c->whose);
     bn_report_end_at(q->report, c->phase, last ? last : bn_now_ns(), bytes);
     *c = (struct bn_copies){.phase = -1};
 }

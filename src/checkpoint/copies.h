@@ -5,6 +5,11 @@
 
 struct bn_copies {
     struct bn_copy **jobs;
+    struct bn_copy_whose { /* as jobs: for the trace */
+        pid_t pid;
+        unsigned dev;
+        uint64_t start_ns;
+    } * whose;
     size_t n;
     int phase; /* of the report, -1 before the start */
     const char *name;

@@ -14,6 +14,9 @@ struct bn_report {
     unsigned refs;
     uint64_t began_ns;
     struct bn_phases phases;
+    struct bn_trace_part *parts; /* made with the first of them */
+    uint32_t nparts;
+    uint64_t criu_ns; /* since when CRIU works; 0: it does not */
     struct bn_progress progress;
     bool finished;
     unsigned woken; /* calls of bn_report_wake */
@@ -55,6 +58,7 @@ void bn_report_unref(struct bn_report *r)
         return;
     pthread_cond_destroy(&r->ended);
     pthread_mutex_destroy(&r->lock);
+    free(r->parts);
     free(r);
 }
 
@@ -136,6 +140,59 @@ void bn_report_phases(struct bn_report *r, struct bn_phases *out)
 {
     pthread_mutex_lock(&r->lock);
     *out = r->phases;
+    pthread_mutex_unlock(&r->lock);
+}
+
+static void add_part(struct bn_report *r, const char *name, pid_t pid, unsigned gpu, uint64_t start_ns,
+                     uint64_t end_ns, uint64_t bytes)
+{
+    if (!r->parts)
+        r->parts = calloc(BN_TRACE_PARTS_MAX, sizeof(*r->parts));
+    if (!r->parts || r->nparts == BN_TRACE_PARTS_MAX)
+        return;
+    struct bn_trace_part *p = &r->parts[r->nparts++];
+    start_ns = start_ns > r->began_ns ? start_ns : r->began_ns;
+    *p = (struct bn_trace_part){.pid = (uint32_t)pid,
+                                .gpu = gpu,
+                                .start_ns = start_ns - r->began_ns,
+                                .duration_ns = end_ns > start_ns ? end_ns - start_ns : 0,
+                                .bytes = bytes};
+    snprintf(p->name, sizeof(p->name), "%s", name);
+}
+
+void bn_report_part(struct bn_report *r, const char *name, pid_t pid, unsigned gpu, uint64_t start_ns,
+                    uint64_t end_ns, uint64_t bytes)
+{
+    pthread_mutex_lock(&r->lock);
+    add_part(r, name, pid, gpu, start_ns, end_ns, bytes);
+    pthread_mutex_unlock(&r->lock);
+}
+
+void bn_report_criu(struct bn_report *r, bool works)
+{
+    uint64_t now = bn_now_ns();
+    pthread_mutex_lock(&r->lock);
+    if (!works && r->criu_ns)
+        add_part(r, "criu", 0, 0, r->criu_ns, now, 0);
+    r->criu_ns = works ? now : 0;
+    pthread_mutex_unlock(&r->lock);
+}
+
+void bn_report_trace(struct bn_report *r, struct bn_trace *out)
+{
+    uint64_t now = bn_now_ns();
+    pthread_mutex_lock(&r->lock);
+    out->began_ns = r->began_ns;
+    out->phases = r->phases;
+    for (uint32_t i = 0; i < out->phases.n; i++)
+        if (out->phases.phase[i].duration_ns == 0)
+            out->phases.phase[i].duration_ns = now - r->began_ns - out->phases.phase[i].start_ns;
+    out->n = r->nparts;
+    for (uint32_t i = 0; i < r->nparts; i++)
+        out->parts[i] = r->parts[i];
+    if (r->criu_ns && out->n < BN_TRACE_PARTS_MAX)
+        out->parts[out->n++] = (struct bn_trace_part){
+            .name = "criu", .start_ns = r->criu_ns - r->began_ns, .duration_ns = now - r->criu_ns};
     pthread_mutex_unlock(&r->lock);
 }
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "base/error.h"
-#include "wire/control.h"
+#include "wire/trace.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -32,6 +32,15 @@ void bn_report_progress(struct bn_report *r, const char *phase, uint64_t done, u
 void bn_report_finish(struct bn_report *r, const struct bn_error *err);
 
 void bn_report_phases(struct bn_report *r, struct bn_phases *out);
+
+/* Work beside the phases, from `start_ns` to `end_ns` (bn_now_ns). Nothing is kept of it when the list is full. */
+void bn_report_part(struct bn_report *r, const char *name, pid_t pid, unsigned gpu, uint64_t start_ns,
+                    uint64_t end_ns, uint64_t bytes);
+/* From the reply that lets CRIU work on to the next request of its plugin: what CRIU does by itself. */
+void bn_report_criu(struct bn_report *r, bool works);
+
+/* Phases and parts. What has not ended lasts until now. */
+void bn_report_trace(struct bn_report *r, struct bn_trace *out);
 
 /* Make those in bn_report_wait return now. */
 void bn_report_wake(struct bn_report *r);

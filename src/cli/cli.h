@@ -161,6 +161,25 @@ int cli_prepare(int sock, pid_t pid, int dir, int parent, uint64_t per_second, s
 json_t *cli_json_ahead(const struct cli_ahead *a);
 void cli_print_ahead(const struct cli_ahead *a);
 
+/* --- trace.c ---------------------------------------------------------------------------------------------------------- */
+
+extern const char *cli_trace_file; /* NULL: no trace is wanted, and all of these do nothing */
+#define CLI_TRACE_OPTION                                                         \
+    {                                                                            \
+        "trace", 0, CLI_STRING, "FILE", &cli_trace_file,                         \
+            "write what was done when to FILE, for Perfetto or chrome://tracing" \
+    }
+
+/* Before anything is touched: can the file be written? `command` names it all in the picture. */
+int cli_trace_open(const char *command, struct bn_error *err);
+/* Takes BN_CTL_EV_TRACE out of what the daemon sends. Any thread. */
+void cli_trace_event(const struct bn_ctl_head *head, struct bn_reader *body);
+/* CRIU's time (bn_now_ns), and its file of statistics. */
+void cli_trace_criu(uint64_t began_ns, uint64_t took_ns, int dir, const char *stats);
+/* Write the file, whole or not at all; only the first call does. Returns `exit_code`, or CLI_FAILED with *err if that was CLI_OK and the
+ * file cannot be written. */
+int cli_trace_end(int exit_code, struct bn_error *err);
+
 /* suspend.c: `type` is BN_CTL_SUSPEND or BN_CTL_RESUME; tier and flags are a suspend's. Returns the exit code. */
 int cli_suspend_or_resume(uint16_t type, pid_t pid, uint32_t tier, uint32_t flags, bool as_json, bool silent);
 

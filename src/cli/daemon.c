@@ -54,6 +54,7 @@ static void on_event(void *arg, const struct bn_ctl_head *head, struct bn_reader
 {
     struct cli_watch *w = arg;
     struct bn_progress now;
+    cli_trace_event(head, body);
     if (head->type != BN_CTL_EV_PROGRESS)
         return;
     bn_read_progress(body, &now);

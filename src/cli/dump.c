@@ -31,6 +31,7 @@ static const struct cli_option options[] = {
     {"sync", 0, CLI_FLAG, NULL, &sync_disk, "have it all on the disk before the process is ended"},
     {"timeout", 't', CLI_UINT, "SECONDS", &timeout,
      "how long CRIU may take to stop the processes (default 10)"},
+    CLI_TRACE_OPTION,
     {"json", 'j', CLI_FLAG, NULL, &json, "print the result as one JSON object"},
     {"quiet", 'q', CLI_FLAG, NULL, &quiet, "print nothing but errors"},
     {0},
@@ -228,6 +229,7 @@ static int checkpoint(struct dump *d, int *sock, struct bn_error *err)
     int result = criu_dump();
     cli_hush_libcriu(false);
     uint64_t criu_took = bn_now_ns() - began;
+    cli_trace_criu(began, criu_took, d->dir.fd, "stats-dump");
     int watched = cli_watch_finish(watch, result >= 0 && d->cuda > 0, &d->phases, &session);
     d->took = bn_now_ns() - began;
     cli_progress_free(progress);
@@ -319,6 +321,8 @@ static int dump(int argc, char **argv)
         return cli_usage("--live needs the agents that --driver-path ignores");
     if (cli_parse_bandwidth(bandwidth, &d.per_second) < 0)
         return cli_usage("'%s' is no number of bytes a second", bandwidth);
+    if (cli_trace_open("dump", &err) < 0)
+        return cli_fail(CLI_FAILED, &err, json);
     d.cancel = cli_cancel_new();
     int code = prepare(&d, argv[1], &sock, &err);
     if (code == CLI_OK && live && d.cuda > 0 && (code = copy_ahead(&d, &ahead, &err)) != CLI_OK)
@@ -326,6 +330,7 @@ static int dump(int argc, char **argv)
     if (code == CLI_OK)
         code = checkpoint(&d, &sock, &err);
     cli_cancel_free(d.cancel);
+    code = cli_trace_end(code, &err);
     if (code == CLI_OK)
         report(&d);
     else

@@ -120,6 +120,7 @@ void cli_progress_update(struct cli_progress *p, const struct bn_progress *now)
 void cli_progress_event(void *arg, const struct bn_ctl_head *head, struct bn_reader *body)
 {
     struct bn_progress now;
+    cli_trace_event(head, body);
     if (head->type != BN_CTL_EV_PROGRESS)
         return;
     bn_read_progress(body, &now);

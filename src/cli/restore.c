@@ -24,6 +24,7 @@ static const struct cli_option options[] = {
     {"detach", 'd', CLI_FLAG, NULL, &detach,
      "return as soon as the program runs again, and print its process id"},
     {"pidfile", 'p', CLI_STRING, "FILE", &pidfile, "write the process id to FILE"},
+    CLI_TRACE_OPTION,
     {"json", 'j', CLI_FLAG, NULL, &json, "print the result as one JSON object"},
     {"quiet", 'q', CLI_FLAG, NULL, &quiet, "print nothing but errors"},
     {0},
@@ -262,6 +263,7 @@ static int run_criu(struct restore *r, struct cli_watch *watch, int *watched, st
     int pid = detach ? criu_restore() : criu_restore_child();
     cli_hush_libcriu(false);
     uint64_t criu_took = bn_now_ns() - began;
+    cli_trace_criu(began, criu_took, r->work, "stats-restore");
     *watched = cli_watch_finish(watch, pid > 0 && r->manifest, &r->phases, session);
     r->took = bn_now_ns() - began;
     cli_add_phase(&r->phases, "CRIU, all of it", 0, criu_took);
@@ -399,12 +401,15 @@ static int restore(int argc, char **argv)
     struct restore r = {.path = argv[0], .dir = -1, .work = -1};
     bn_auto_fd sock = -1;
     pid_t pid = -1;
+    if (cli_trace_open("restore", &err) < 0)
+        return cli_fail(CLI_FAILED, &err, json);
     int code = prepare(&r, &sock, &err);
     if (code == CLI_OK) {
         pid = bring_back(&r, &sock, &err);
         code = pid > 0 ? CLI_OK : r.signal ? 128 + r.signal : cli_daemon_exit_code(&err);
         remove_work(&r, pid <= 0 && !r.signal);
     }
+    code = cli_trace_end(code, &err);
     sigset_t held = {0};
     if (pid > 0) {
         held = hold_signals();

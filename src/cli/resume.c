@@ -4,6 +4,7 @@
 static bool json, quiet;
 
 static const struct cli_option options[] = {
+    CLI_TRACE_OPTION,
     {"json", 'j', CLI_FLAG, NULL, &json, "print the result as one JSON object"},
     {"quiet", 'q', CLI_FLAG, NULL, &quiet, "print nothing but errors"},
     {0},

@@ -12,7 +12,9 @@ static const char *to = "host";
 
 static const struct cli_option options[] = {
     {"to", 't', CLI_STRING, "TIER", &to, "where the memory goes: gpu, host (default) or disk"},
-    {"keep-context", 'c', CLI_FLAG, NULL, &keep_context, "take only the memory: contexts stay on the GPU (for MPS)"},
+    {"keep-context", 'c', CLI_FLAG, NULL, &keep_context,
+     "take only the memory: contexts stay on the GPU (for MPS)"},
+    CLI_TRACE_OPTION,
     {"json", 'j', CLI_FLAG, NULL, &json, "print the result as one JSON object"},
     {"quiet", 'q', CLI_FLAG, NULL, &quiet, "print nothing but errors"},
     {0},
@@ -29,7 +31,8 @@ int cli_suspend_or_resume(uint16_t type, pid_t pid, uint32_t tier, uint32_t flag
     bn_auto_fd sock = -1;
     if (!buf)
         return CLI_FAILED;
-    if (cli_check_process(pid, false, &err) < 0)
+    const char *name = type == BN_CTL_SUSPEND ? "suspend" : "resume";
+    if (cli_trace_open(name, &err) < 0 || cli_check_process(pid, false, &err) < 0)
         return cli_fail(CLI_FAILED, &err, as_json);
     sock = cli_daemon_connect(&err);
     if (sock < 0)
@@ -40,18 +43,23 @@ int cli_suspend_or_resume(uint16_t type, pid_t pid, uint32_t tier, uint32_t flag
         bn_write_u32(&body, BN_CTL_F_PROGRESS | flags);
     }
     uint64_t began = bn_now_ns();
-    struct cli_progress *progress = cli_progress_new(type == BN_CTL_SUSPEND ? "suspend" : "resume");
+    struct cli_progress *progress = cli_progress_new(name);
     int r = bn_ctl_call(sock, type, &body, NULL, 0, cli_progress_event, progress, buf, &reply, &err);
     uint64_t took = bn_now_ns() - began;
     cli_progress_free(progress);
+    int code = CLI_OK;
     if (r < 0) /* ENODATA: no CUDA in it */
-        return cli_fail(err.code == ENODATA ? CLI_REFUSED : cli_daemon_exit_code(&err), &err, as_json);
-    bn_read_phases(&reply, &phases);
-    if (reply.failed) {
+        code = err.code == ENODATA ? CLI_REFUSED : cli_daemon_exit_code(&err);
+    else
+        bn_read_phases(&reply, &phases);
+    if (r == 0 && reply.failed) {
         bn_error_set(&err, EBADMSG, "daemon",
                      "bennud's answer makes no sense: are command and daemon of one version?");
-        return cli_fail(CLI_FAILED, &err, as_json);
+        code = CLI_FAILED;
     }
+    code = cli_trace_end(code, &err);
+    if (code != CLI_OK)
+        return cli_fail(code, &err, as_json);
     if (as_json) {
         json_t *o = cli_json_ok();
         json_object_set_new(o, "pid", json_integer(pid));
@@ -80,7 +88,8 @@ static int suspend(int argc, char **argv)
     uint32_t tier = tier_of(to);
     if (!tier)
         return cli_usage("'%s' is no tier: gpu, host and disk are", to);
-    return cli_suspend_or_resume(BN_CTL_SUSPEND, pid, tier, keep_context ? BN_CTL_F_KEEP_CONTEXT : 0, json, quiet);
+    return cli_suspend_or_resume(BN_CTL_SUSPEND, pid, tier, keep_context ? BN_CTL_F_KEEP_CONTEXT : 0, json,
+                                 quiet);
 }
 
 const struct cli_command cli_suspend = {

@@ -55,6 +55,18 @@ static void send_progress(struct client *c, const struct bn_progress *progress)
     send_event(c, BN_CTL_EV_PROGRESS, &w);
 }
 
+/* Before the reply. */
+static void send_trace(struct client *c, struct bn_report *report)
+{
+    bn_auto_writer w = {0};
+    bn_auto_free struct bn_trace *t = calloc(1, sizeof(*t));
+    if (!t)
+        return;
+    bn_report_trace(report, t);
+    bn_write_trace(&w, t);
+    send_event(c, BN_CTL_EV_TRACE, &w);
+}
+
 static bool hung_up(int fd)
 {
     struct pollfd p = {.fd = fd, .events = POLLRDHUP};
@@ -286,6 +298,7 @@ static int on_suspend(struct client *c, struct request *rq, struct bn_writer *re
         bn_keep_budgets(c->d);
     }
     write_phases(c, reply);
+    send_trace(c, c->report);
     session_close(c, r < 0 ? err : NULL);
     return r;
 }
@@ -328,6 +341,7 @@ static int on_resume(struct client *c, struct request *rq, struct bn_writer *rep
         r = resume_in_room(c, &s, err);
         pump_stop(&pump);
         write_phases(c, reply);
+        send_trace(c, c->report);
         session_close(c, r < 0 ? err : NULL);
     }
     bn_return_suspended(c->d, e, s);
@@ -354,8 +368,10 @@ static int on_watch(struct client *c, struct request *rq, struct bn_writer *repl
     while (report && !bn_report_wait(report, TICK_MS, &progress, &outcome) && !hung_up(c->fd))
         send_progress(c, &progress);
     struct bn_phases phases = {0};
-    if (report)
+    if (report) {
         bn_report_phases(report, &phases);
+        send_trace(c, report);
+    }
     bn_await_end(c->d, &awaited);
     if (!report)
         return -ECANCELED;
@@ -445,6 +461,8 @@ static int on_dump_begin(struct client *c, struct request *rq, struct bn_writer 
     if (r < 0 || !c->dump)
         session_close(c, r < 0 ? err : NULL);
     bn_write_u32(reply, c->dump ? (uint32_t)bn_dump_targets(c->dump)->n : 0);
+    if (c->dump)
+        bn_report_criu(c->report, true);
     return r;
 }
 
@@ -479,6 +497,7 @@ static int on_dump_end(struct client *c, struct request *rq, struct bn_writer *r
     int32_t result = (int32_t)bn_read_u32(&rq->body);
     if (!c->dump)
         return bn_error_set(err, EINVAL, "dump", "no dump is under way on this connection");
+    bn_report_criu(c->report, false);
     int r = 0;
     if (result == 0) {
         struct pump pump;
@@ -515,6 +534,8 @@ static int on_restore_begin(struct client *c, struct request *rq, struct bn_writ
         session_close(c, err);
     }
     bn_write_u32(reply, c->restore ? (uint32_t)bn_restore_count(c->restore) : 0);
+    if (c->restore)
+        bn_report_criu(c->report, true);
     return r;
 }
 
@@ -532,6 +553,7 @@ static int on_restore_end(struct client *c, struct request *rq, struct bn_writer
     int32_t result = (int32_t)bn_read_u32(&rq->body);
     if (!c->restore)
         return bn_error_set(err, EINVAL, "restore", "no restore is under way on this connection");
+    bn_report_criu(c->report, false);
     int r = 0;
     if (result == 0) {
         struct pump pump;
