@@ -226,6 +226,21 @@ pid_t bn_suspended_root(const struct bn_suspended *s)
     return s->q.root;
 }
 
+bool bn_suspended_lost(const struct bn_suspended *s)
+{
+    bool lost = false;
+    for (size_t i = 0; i < s->q.targets.n; i++) {
+        const struct bn_target *t = &s->q.targets.v[i];
+        enum bn_ckpt_state state;
+        if (bn_target_gone(t) || !(t->evicted || t->locked || t->checkpointed || t->lost))
+            continue;
+        if (!t->lost && (bn_ckpt_state(s->q.env->gpu, t->pid, &state, NULL) < 0 || state != BN_CKPT_FAILED))
+            return false;
+        lost = true;
+    }
+    return lost;
+}
+
 bool bn_suspended_dead(const struct bn_suspended *s)
 {
     for (size_t i = 0; i < s->q.targets.n; i++)

@@ -28,6 +28,9 @@ void bn_suspended_free(struct bn_suspended *s);
 
 const struct bn_targets *bn_suspended_targets(const struct bn_suspended *s);
 pid_t bn_suspended_root(const struct bn_suspended *s);
+/* True when all that keeps its living processes from running is that the driver has lost their state: there is nothing that a resume
+ * could give back. */
+bool bn_suspended_lost(const struct bn_suspended *s);
 /* True when no process of it lives any more. */
 bool bn_suspended_dead(const struct bn_suspended *s);
 

@@ -138,6 +138,9 @@ bool bn_is_recovering(struct daemon *d, pid_t pid);
 int bn_make_room(struct bn_env *env, uint32_t tier, unsigned dev, uint64_t bytes, struct bn_error *err);
 /* After a tree was added: two that were suspended at the same time may be too much together. */
 void bn_keep_budgets(struct daemon *d);
+/* Before a resume: move trees away until what it needs is free, as far as that can be known, since a process for which the driver finds
+ * too little memory is lost. *where: the GPUs that it has memory on; false: there are none. */
+bool bn_room_for_resume(struct daemon *d, const struct bn_suspended *s, struct bn_usage *where);
 /* Move one tree out of the memory of a GPU that `where` has something on (NULL: of any). False: there is none. */
 bool bn_let_go(struct daemon *d, const struct bn_usage *where);
 

@@ -25,6 +25,7 @@
 #include <systemd/sd-event.h>
 
 #define TRIM_AFTER_S 60u
+#define PAUSE_USEC 200000u
 
 struct options {
     const char *rundir;
@@ -75,11 +76,31 @@ static bool peer_allowed(int fd)
            (cred.uid == 0 || cred.uid == geteuid());
 }
 
+static int listen_again(sd_event_source *source, uint64_t usec, void *arg)
+{
+    (void)usec;
+    sd_event_source_set_enabled(arg, SD_EVENT_ON);
+    sd_event_source_disable_unref(source);
+    return 0;
+}
+
+/* The connection stays where it is, and would be told of again at once, for ever. */
+static void pause_listening(sd_event_source *listening, int error)
+{
+    sd_event_source *timer;
+    fprintf(stderr, "bennud: cannot take a connection now: %s\n", strerror(error));
+    if (sd_event_add_time_relative(sd_event_source_get_event(listening), &timer, CLOCK_MONOTONIC, PAUSE_USEC,
+                                   0, listen_again, listening) >= 0)
+        sd_event_source_set_enabled(listening, SD_EVENT_OFF);
+}
+
 static int on_connection(sd_event_source *source, int fd, uint32_t revents, void *arg)
 {
-    (void)source, (void)revents;
+    (void)revents;
     struct daemon *d = arg;
     bn_auto_fd peer = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
+    if (peer < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM))
+        pause_listening(source, errno);
     if (peer < 0)
         return 0; /* it went away again */
     if (!peer_allowed(peer)) {

@@ -364,7 +364,7 @@ int bn_tree_is_free(struct daemon *d, const struct bn_report *own, const pid_t *
     return r;
 }
 
-/* True unless it stays suspended. */
+/* True unless it stays suspended. What the driver has lost holds nothing that could be given back, and nobody up. */
 static bool resume_one(struct daemon *d, pid_t root)
 {
     struct suspended_entry *e;
@@ -375,7 +375,14 @@ static bool resume_one(struct daemon *d, pid_t root)
         return r == -ENOENT;
     struct bn_report *report = bn_report_new();
     r = report ? bn_resume(&s, report, &err) : -ENOMEM;
-    if (r < 0)
+    if (r < 0 && s && bn_suspended_lost(s)) {
+        fprintf(stderr,
+                "bennud: the driver has lost the GPU state of process %d or its children: they can only be "
+                "killed\n",
+                root);
+        bn_suspended_free(s);
+        s = NULL;
+    } else if (r < 0)
         fprintf(stderr, "bennud: cannot resume %d before ending: %s\n", root, err.text);
     bn_return_suspended(d, e, s);
     bn_report_unref(report);

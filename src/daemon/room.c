@@ -6,10 +6,12 @@
 
 #include "base/cleanup.h"
 
-#include <string.h>
+#include <unistd.h>
 
 #define MIB(bytes) ((unsigned long long)((bytes) >> 20))
 #define ANY_GPU UINT32_MAX
+/* What the driver needs for the contexts of a process: 0.5 GiB on an H100. */
+#define CONTEXTS (UINT64_C(768) << 20)
 
 static uint64_t in_tier(const struct bn_usage *u, uint32_t tier, unsigned dev)
 {
@@ -157,4 +159,53 @@ bool bn_let_go(struct daemon *d, const struct bn_usage *where)
         if (where->gpu[dev] && (move_down(d, BN_TIER_GPU, dev, round) || wait_for_move(d, dev)))
             return true;
     return !where && (move_down(d, BN_TIER_GPU, ANY_GPU, round) || wait_for_move(d, ANY_GPU));
+}
+
+/* Resident bytes of a process: the driver has saved its GPU memory in there. */
+static uint64_t resident(pid_t pid)
+{
+    char path[32];
+    unsigned long long all, pages = 0;
+    snprintf(path, sizeof(path), "/proc/%d/statm", pid);
+    bn_auto_file FILE *f = fopen(path, "re");
+    if (!f || fscanf(f, "%llu %llu", &all, &pages) != 2)
+        return 0;
+    return (uint64_t)pages * (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+/* Until so much is free on the GPU, or nothing more can go. */
+static void free_gpu(struct daemon *d, unsigned dev, uint64_t bytes)
+{
+    struct bn_usage where = {0};
+    where.gpu[dev] = 1;
+    for (;;) {
+        uint64_t free_bytes, total;
+        if (bn_gpu_mem_info(d->env.gpu, dev, &free_bytes, &total, NULL) < 0 || free_bytes >= bytes ||
+            !bn_let_go(d, &where))
+            return;
+    }
+}
+
+bool bn_room_for_resume(struct daemon *d, const struct bn_suspended *s, struct bn_usage *where)
+{
+    const struct bn_targets *t = bn_suspended_targets(s);
+    uint64_t anywhere = 0; /* of processes of which only the driver knows where they were */
+    bool somewhere = false;
+    *where = (struct bn_usage){0};
+    for (size_t i = 0; i < t->n; i++) {
+        uint64_t driver = t->v[i].checkpointed ? CONTEXTS : 0;
+        if (t->v[i].nparts == 0 && driver)
+            anywhere += driver + resident(t->v[i].pid);
+        for (size_t p = 0; p < t->v[i].nparts; p++) {
+            const struct bn_target_part *part = &t->v[i].parts[p];
+            if (part->dev < BN_USAGE_GPUS)
+                where->gpu[part->dev] += driver + (part->set ? 0 : part->bytes) + 1;
+        }
+    }
+    for (unsigned dev = 0; dev < bn_gpu_count(d->env.gpu) && dev < BN_USAGE_GPUS; dev++) {
+        somewhere = somewhere || where->gpu[dev];
+        if (where->gpu[dev] || anywhere)
+            free_gpu(d, dev, where->gpu[dev] + anywhere);
+    }
+    return somewhere;
 }

@@ -306,15 +306,8 @@ static int on_suspend(struct client *c, struct request *rq, struct bn_writer *re
 /* What rests on the GPU makes way for what shall run there. */
 static int resume_in_room(struct client *c, struct bn_suspended **s, struct bn_error *err)
 {
-    const struct bn_targets *t = bn_suspended_targets(*s);
-    struct bn_usage where = {0};
-    bool somewhere = false;
-    for (size_t i = 0; i < t->n; i++)
-        for (size_t p = 0; p < t->v[i].nparts; p++)
-            if (t->v[i].parts[p].dev < BN_USAGE_GPUS) {
-                where.gpu[t->v[i].parts[p].dev] = 1;
-                somewhere = true;
-            }
+    struct bn_usage where;
+    bool somewhere = bn_room_for_resume(c->d, *s, &where);
     for (;;) {
         struct bn_error why = BN_ERROR_INIT;
         int r = bn_resume(s, c->report, &why);
@@ -573,23 +566,24 @@ static int on_restore_end(struct client *c, struct request *rq, struct bn_writer
 static const struct {
     uint16_t type;
     handler_fn fn;
+    unsigned least; /* bytes of a request: a shorter one is not acted on */
 } handlers[] = {
     {BN_CTL_INFO, on_info},
     {BN_CTL_PS, on_ps},
-    {BN_CTL_SUSPEND, on_suspend},
-    {BN_CTL_RESUME, on_resume},
-    {BN_CTL_CHECK, on_check},
-    {BN_CTL_WATCH, on_watch},
-    {BN_CTL_PREPARE, on_prepare},
-    {BN_CTL_FORGET, on_forget},
-    {BN_CTL_DUMP_BEGIN, on_dump_begin},
-    {BN_CTL_DUMP_PROCESS, on_dump_process},
-    {BN_CTL_DUMP_THREAD, on_dump_thread},
-    {BN_CTL_DUMP_PURGE, on_dump_purge},
-    {BN_CTL_DUMP_END, on_dump_end},
-    {BN_CTL_RESTORE_BEGIN, on_restore_begin},
-    {BN_CTL_RESTORE_PROCESS, on_restore_process},
-    {BN_CTL_RESTORE_END, on_restore_end},
+    {BN_CTL_SUSPEND, on_suspend, 12},
+    {BN_CTL_RESUME, on_resume, 4},
+    {BN_CTL_CHECK, on_check, 4},
+    {BN_CTL_WATCH, on_watch, 4},
+    {BN_CTL_PREPARE, on_prepare, 16},
+    {BN_CTL_FORGET, on_forget, 4},
+    {BN_CTL_DUMP_BEGIN, on_dump_begin, 8},
+    {BN_CTL_DUMP_PROCESS, on_dump_process, 4},
+    {BN_CTL_DUMP_THREAD, on_dump_thread, 4},
+    {BN_CTL_DUMP_PURGE, on_dump_purge, 4},
+    {BN_CTL_DUMP_END, on_dump_end, 4},
+    {BN_CTL_RESTORE_BEGIN, on_restore_begin, 4},
+    {BN_CTL_RESTORE_PROCESS, on_restore_process, 4},
+    {BN_CTL_RESTORE_END, on_restore_end, 4},
 };
 
 static int handle(struct client *c, uint16_t type, struct request *rq, struct bn_writer *reply,
@@ -601,10 +595,9 @@ static int handle(struct client *c, uint16_t type, struct request *rq, struct bn
     }
     for (size_t i = 0; i < BN_ARRAY_SIZE(handlers); i++)
         if (handlers[i].type == type) {
-            int r = handlers[i].fn(c, rq, reply, err);
-            if (rq->body.failed)
-                r = bn_error_replace(err, EBADMSG, "request", "a request of type %u is too short", type);
-            return r;
+            if (bn_reader_left(&rq->body) < handlers[i].least)
+                return bn_error_set(err, EBADMSG, "request", "a request of type %u is too short", type);
+            return handlers[i].fn(c, rq, reply, err);
         }
     return bn_error_set(err, EPROTO, "request", "unknown request %u: are command and daemon of one version?",
                         type);

@@ -1,6 +1,10 @@
 """Suspend and resume: the GPU's memory is really free meanwhile, and every byte is back afterwards."""
 
+import errno
 import os
+import resource
+import socket
+import struct
 import subprocess
 
 import harness
@@ -135,6 +139,53 @@ class Suspend(Case):
         os.unlink(rules)
         self.ok("resume", program.pid)
         program.go_on()
+
+    def test_the_daemon_ends_though_the_driver_has_lost_a_process(self):
+        rules = self.path("rules")
+        self.start_daemon(BENNU_SIM_FAIL_FILE=rules)
+        program, other = self.memcheck(), self.memcheck()
+        for p in (program, other):
+            self.ok("suspend", p.pid)
+        with open(rules, "w", encoding="utf-8") as f:
+            f.write("cuCheckpointProcessRestore:1+=304")
+        self.refused(1, "resume", program.pid)
+        with open(rules, "w", encoding="utf-8") as f:
+            f.write("cuCheckpointProcessRestore:1=304")
+        self.assertEqual(self.stop_daemon(), 0)
+        log = harness.text_of(self.daemon_log)
+        self.assertEqual(log.count("can only be killed"), 1, log)
+        lost, = [p for p in (program, other) if f"process {p.pid} or its children: they can only" in log]
+        (other if lost is program else program).go_on()
+
+    def test_a_request_that_is_too_short(self):
+        """It is not acted on."""
+        self.start_daemon()
+        program = self.memcheck()
+        head = struct.Struct("<IHHIi32s512s")
+        os.mkdir(self.path("ck"))
+        folder = os.open(self.path("ck"), os.O_RDONLY)
+        for kind in (10, 20):  # SUSPEND, DUMP_BEGIN: without their flags
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                sock.connect(os.path.join(self.rundir, "bennud.sock"))
+                message = head.pack(0x6c746362, 1, kind, 0, 0, b"", b"") + struct.pack("<I", program.pid)
+                socket.send_fds(sock, [message], [folder])
+                answer = head.unpack_from(sock.recv(65536))
+                self.assertEqual((answer[2:5], answer[6].rstrip(b"\0")[-9:]), ((kind, 1, errno.EBADMSG), b"too short"))
+                self.assertEqual(self.state(program.pid)["state"], "running")
+        os.close(folder)
+        program.go_on()
+
+    def test_no_descriptor_for_a_connection(self):
+        self.start_daemon()
+        worker, = harness.children_of(self.daemon.pid)
+        limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (3, limits[1]))
+        with subprocess.Popen([harness.BENNU, "ps"], env=self.env, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as ps:
+            wait_for(lambda: "cannot take a connection" in harness.text_of(self.daemon_log), "it says why")
+            resource.prlimit(worker, resource.RLIMIT_NOFILE, limits)
+            ps.communicate(timeout=harness.PATIENCE)
+        self.assertEqual(ps.returncode, 0)
+        self.assertLess(harness.text_of(self.daemon_log).count("cannot take"), 1000, "it does not spin")
 
     def test_ps_leaves_daemons_out(self):
         self.start_daemon()
