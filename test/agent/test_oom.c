@@ -242,10 +242,53 @@ static void test_threads(void **state)
     child_end(&c);
 }
 
+/* Other daemons on the machine tell every program what they hold that has libbennu.so or libcuda.so mapped: ours has not. */
+static char folder[] = "/tmp/bennu-oom.XXXXXX";
+static const char *const libraries[][2] = {{"BENNU_AGENT", "agent.so"}, {"BENNU_DRIVER", "driver.so"}};
+
+static int copy_libraries(void)
+{
+    if (!mkdtemp(folder))
+        return -errno;
+    for (size_t i = 0; i < 2; i++) {
+        char path[64];
+        void *bytes = NULL;
+        size_t len;
+        snprintf(path, sizeof(path), "%s/%s", folder, libraries[i][1]);
+        int r = bn_read_file_at(AT_FDCWD, need_env(libraries[i][0]), 64 * MIB, &bytes, &len);
+        int fd = r < 0 ? r : open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0700);
+        if (r == 0)
+            r = fd < 0 ? -errno : bn_write_full(fd, bytes, len);
+        if (fd >= 0)
+            close(fd);
+        free(bytes);
+        if (r < 0)
+            return r;
+        setenv(libraries[i][0], path, 1);
+    }
+    return 0;
+}
+
+static void remove_libraries(void)
+{
+    for (size_t i = 0; i < 2; i++) {
+        char path[64];
+        snprintf(path, sizeof(path), "%s/%s", folder, libraries[i][1]);
+        unlink(path);
+    }
+    rmdir(folder);
+}
+
 int main(void)
 {
     CUcontext context;
     signal(SIGPIPE, SIG_IGN);
+    int copied = copy_libraries();
+    atexit(remove_libraries);
+    if (copied < 0) {
+        fprintf(stderr, "cannot copy the libraries: %s\n", strerror(-copied));
+        return 1;
+    }
     cu_load(&sim, need_env("BENNU_DRIVER"), RTLD_NOW | RTLD_LOCAL);
     if (sim.cuInit(0) != CUDA_SUCCESS || sim.cuCtxCreate_v2(&context, 0, 0) != CUDA_SUCCESS) {
         fprintf(stderr, "the simulated driver does not start\n");
