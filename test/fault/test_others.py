@@ -160,6 +160,32 @@ class Others(FaultTest):
         self.cycle()
         self.stop()
 
+    # ---- the worker, in a restore
+
+    def test_worker_in_a_restore(self):
+        """It ends, with an error, and nothing is left of it but the checkpoint."""
+        self.daemon = Daemon(self)
+        folder, pids = self.new_dir(), self.app.pids()
+        self.succeeds("dump", self.app.pid, folder)
+        fault.bury(pids)
+        before = {n for n in os.listdir(folder) if not n.endswith(".log")}
+        for point in ("driver-restore:begin", "driver-unlock:one", "give-back:one", "open-gate:end", "forget:end"):
+            for way in ("criu", "bennu"):
+                with self.subTest((point, way)):
+                    self.daemon = Daemon(self, point)
+                    if way == "criu":
+                        self.assertNotEqual(self.criu("restore", folder, "-d"), 0)
+                    else:
+                        done = self.bennu("restore", "--detach", folder)
+                        self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+                    fault.bury(pids)
+                    self.daemon.wait_killed()
+                    self.assertLessEqual(before, set(os.listdir(folder)))
+        self.daemon = Daemon(self)
+        self.restore(folder)
+        self.cycle()
+        self.stop()
+
     # ---- the command line
 
     def test_bennu_dump(self):

@@ -337,11 +337,12 @@ class Case(unittest.TestCase):
 
     # --- the daemon ---
 
-    def start_daemon(self):
+    def start_daemon(self, **env):
         self.daemon_log = self.path("bennud.log")
         mark = len(text_of(self.daemon_log))
         with open(self.daemon_log, "ab") as log:
-            self.daemon = subprocess.Popen([BENNUD], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            self.daemon = subprocess.Popen([BENNUD], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                                           env={**os.environ, **env})
         wait_for(lambda: " GPUs" in text_of(self.daemon_log)[mark:], "bennud starts",
                  lambda: text_of(self.daemon_log)[mark:] if self.daemon.poll() is not None else None)
 

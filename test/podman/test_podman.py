@@ -449,6 +449,21 @@ class Trouble(Case):
     def test_worker_killed_while_criu_dumps(self):
         self.kill_daemon_at(self.criu_dumping, True)
 
+    def test_worker_killed_while_it_restores(self):
+        """Podman says so, nothing is left of it, and the checkpoint is as before."""
+        c = self.container().run(command=["/talk", "/memcheck", *self.BIG, "--children=1"])
+        c.checkpoint("--keep")
+        for point in ("driver-restore:begin", "give-back:one", "open-gate:one"):
+            with self.subTest(point):
+                self.stop_daemon()
+                self.start_daemon(BENNUD_TEST_KILL=point)
+                self.assertNotEqual(c.podman_says("container", "restore", "--keep", "--tcp-established", c.name).returncode, 0)
+                self.assertEqual(processes_with("/memcheck"), [])
+                self.assertEqual(c.status, "exited")
+        self.stop_daemon()
+        self.start_daemon()
+        c.restore()
+
     def test_daemon_killed_while_a_container_runs(self):
         c = self.container().run()
         self.kill_daemon(False)
