@@ -5,6 +5,7 @@
 #include "base/io.h"
 
 #include <string.h>
+#include <sys/socket.h>
 
 static bool drop, json, quiet;
 static const char *bandwidth;
@@ -35,9 +36,25 @@ int cli_parse_bandwidth(const char *text, uint64_t *out)
     return 0;
 }
 
-int cli_prepare(int sock, pid_t pid, int dir, int parent, uint64_t per_second, struct cli_progress *progress,
-                struct cli_ahead *out, struct bn_error *err)
+struct listener {
+    int sock;
+    struct cli_progress *progress;
+    const struct cli_cancel *cancel;
+};
+
+/* Called ten times a second. To the daemon we have hung up then, so it stops; its answer still comes, when it has cleaned up. */
+static void on_event(void *arg, const struct bn_ctl_head *head, struct bn_reader *body)
 {
+    struct listener *l = arg;
+    cli_progress_event(l->progress, head, body);
+    if (cli_cancel_signal(l->cancel))
+        shutdown(l->sock, SHUT_WR);
+}
+
+int cli_prepare(int sock, pid_t pid, int dir, int parent, uint64_t per_second, struct cli_progress *progress,
+                const struct cli_cancel *cancel, struct cli_ahead *out, struct bn_error *err)
+{
+    struct listener listener = {sock, progress, cancel};
     struct bn_reader reply;
     bn_auto_writer body = {0};
     bn_auto_free void *buf = malloc(BN_CTL_MSG_MAX);
@@ -53,8 +70,8 @@ int cli_prepare(int sock, pid_t pid, int dir, int parent, uint64_t per_second, s
                  BN_CTL_F_PROGRESS | (dir >= 0 ? BN_CTL_F_FOLDER : 0) | (parent >= 0 ? BN_CTL_F_PARENT : 0));
     bn_write_u64(&body, per_second);
     uint64_t began = bn_now_ns();
-    int r = bn_ctl_call(sock, BN_CTL_PREPARE, &body, fds, (size_t)nfds, cli_progress_event, progress, buf,
-                        &reply, err);
+    int r =
+        bn_ctl_call(sock, BN_CTL_PREPARE, &body, fds, (size_t)nfds, on_event, &listener, buf, &reply, err);
     if (r < 0)
         return r;
     out->took = bn_now_ns() - began;
@@ -135,7 +152,7 @@ static int pre_dump(int argc, char **argv)
     if (drop)
         return run_drop(sock, pid);
     struct cli_progress *progress = cli_progress_new("pre-dump");
-    int r = cli_prepare(sock, pid, -1, -1, per_second, progress, &ahead, &err);
+    int r = cli_prepare(sock, pid, -1, -1, per_second, progress, NULL, &ahead, &err);
     cli_progress_free(progress);
     if (r < 0) /* ENODATA: no CUDA in it */
         return cli_fail(err.code == ENODATA ? CLI_REFUSED : cli_daemon_exit_code(&err), &err, json);

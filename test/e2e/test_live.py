@@ -239,9 +239,10 @@ class WhileItRuns(Live):
         harness.wait_for(lambda: "bennu-pack-0.img" in (os.listdir(self.path("ck")) if os.path.isdir(self.path("ck")) else ()),
                          "it copies", lambda: None if slow.poll() is None else text_of(self.path("slow")))
         program.go_on()
-        slow.kill()
-        slow.wait()
-        harness.wait_for(lambda: os.listdir(self.path("ck")) == [], "the packs are removed")
+        slow.send_signal(signal.SIGINT)
+        self.assertEqual(slow.wait(harness.PATIENCE), 128 + signal.SIGINT, text_of(self.path("slow")))
+        self.assertIn("interrupted", text_of(self.path("slow")))
+        self.assertFalse(os.path.exists(self.path("ck")))
         self.live(program, "ck", "--bandwidth=4G")
         self.restore(program)
         program.go_on()
