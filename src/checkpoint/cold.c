@@ -219,13 +219,7 @@ int bn_cold_finish(struct bn_cold *c, struct bn_error *err)
 
 int bn_cold_read(struct bn_cold *c, uint64_t chunk, unsigned n, void *data, struct bn_error *err)
 {
-    for (unsigned i = 0; i < n; i++) {
-        int r =
-            bn_pack_reader_read(c->reader, (uint32_t)(chunk + i), (uint8_t *)data + i * BN_CHUNK_SIZE, err);
-        if (r < 0)
-            return r;
-    }
-    return 0;
+    return bn_pack_reader_read_batch(c->reader, (uint32_t)chunk, n, data, BN_PACK_VERIFY, err);
 }
 
 int bn_cold_dirfd(const struct bn_cold *c)

@@ -53,7 +53,7 @@ int bn_pack_writer_open(int dirfd, const uint8_t key[BN_HASH_KEY_SIZE], uint32_t
                         struct bn_error *err);
 
 /* Write around the page cache from now on, at the disk's own rate: see store/disk.h, of which `disk_flags` are. `stable`: all data
- * that is added lies in few buffers, which stay mapped until the writer is ended. Before the first add. -ENOMEM. */
+ * that is added lies in few buffers, which stay mapped until the writer is ended. While no add is under way. -ENOMEM. */
 int bn_pack_writer_direct(struct bn_pack_writer *w, unsigned disk_flags, bool stable, struct bn_error *err);
 
 struct bn_pack_item {
