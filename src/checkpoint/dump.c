@@ -97,6 +97,8 @@ static int start_writing(struct bn_quiesce *q, struct bn_error *err)
     /* What does not fit into the page cache would only push out what other programs use, and wait for the disk all the same. */
     if (r == 0 && (q->flags & BN_DUMP_SYNC || bn_manifest_bytes(d->manifest) > bn_disk_cache_room()))
         r = bn_pack_writer_direct(d->writer, 0, true, err); /* stable: the copier keeps its staging buffers */
+    if (r == 0)
+        r = bn_pack_writer_compress(d->writer, q->flags >> BN_DUMP_LEVEL_SHIFT, err);
     if (r < 0)
         return r;
     r = choose_chunks(d, err);

@@ -19,6 +19,8 @@ struct bn_dump;
                          * in the page cache, as CRIU leaves its own: a checkpoint that a power cut tore is found out by
                          * its hashes, not prevented. */
 
+#define BN_DUMP_LEVEL_SHIFT 24 /* the 8 highest bits: a level for bn_pack_writer_compress() */
+
 /* Descriptors are duplicated or no longer needed when bn_dump_begin() returns. */
 struct bn_dump_options {
     unsigned flags; /* BN_FIND_…, BN_DUMP_… */

@@ -3,6 +3,7 @@
 
 #include "base/cleanup.h"
 #include "base/io.h"
+#include "store/encoding.h"
 #include "store/image_dir.h"
 
 #include <criu/criu.h>
@@ -12,7 +13,7 @@
 #define LOG_FILE "dump.log"
 
 static bool leave_running, live, driver_path, allow_no_cuda, no_space_check, sync_disk, json, quiet;
-static unsigned timeout;
+static unsigned timeout, level;
 static const char *parent, *bandwidth;
 
 static const struct cli_option options[] = {
@@ -24,6 +25,8 @@ static const struct cli_option options[] = {
      "with --live: copy at most so many bytes a second meanwhile, with K, M, G or T"},
     {"parent", 'p', CLI_STRING, "PARENT", &parent,
      "share the GPU memory that this earlier checkpoint has already"},
+    {"compress", 'z', CLI_UINT, "LEVEL", &level,
+     "compress GPU memory with zstd, from 1 (fast) to 19 (small)"},
     {"driver-path", 0, CLI_FLAG, NULL, &driver_path,
      "ignore the agents: save GPU memory through the driver alone"},
     {"allow-no-cuda", 0, CLI_FLAG, NULL, &allow_no_cuda, "also dump a process that does not use CUDA"},
@@ -106,6 +109,7 @@ static void tell_plugin(const char *variable, bool wanted)
 
 static int criu_options(const struct dump *d, struct bn_error *err)
 {
+    char text[16];
     int r = cli_criu_setup(&d->criu, d->dir.fd, d->dir.fd, LOG_FILE, err);
     if (r < 0)
         return r;
@@ -117,6 +121,8 @@ static int criu_options(const struct dump *d, struct bn_error *err)
         criu_set_network_lock(CRIU_NETWORK_LOCK_NFTABLES);
     tell_plugin("BENNU_DRIVER_PATH", driver_path);
     tell_plugin("BENNU_SYNC", sync_disk);
+    snprintf(text, sizeof(text), "%u", level);
+    setenv("BENNU_COMPRESS", text, 1);
     if (parent && !live) /* else what was copied ahead is of its family already */
         setenv("BENNU_PARENT", d->parent, 1);
     else
@@ -315,6 +321,8 @@ static int dump(int argc, char **argv)
     bn_auto_fd ahead = -1;
     if (cli_parse_pid(argv[0], &d.pid) < 0)
         return cli_usage("'%s' is not a process id", argv[0]);
+    if (level > BN_COMPRESS_MAX)
+        return cli_usage("--compress takes a level from 1 to %u, not %u", BN_COMPRESS_MAX, level);
     if (bandwidth && !live)
         return cli_usage("--bandwidth is for what --live copies");
     if (live && driver_path)

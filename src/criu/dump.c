@@ -42,6 +42,9 @@ static unsigned flags_wanted(void)
     unsigned flags = 0;
     if (getenv("BENNU_DRIVER_PATH"))
         flags |= BN_CTL_F_DRIVER_PATH;
+    const char *level = getenv("BENNU_COMPRESS");
+    if (level)
+        flags |= (unsigned)strtoul(level, NULL, 10) << BN_CTL_F_LEVEL_SHIFT;
     if (getenv("BENNU_SYNC"))
         flags |= BN_CTL_F_SYNC;
     return flags;

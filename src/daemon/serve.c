@@ -445,7 +445,8 @@ static int on_dump_begin(struct client *c, struct request *rq, struct bn_writer 
     }
     struct bn_suspended *left;
     struct bn_dump_options how = {.flags = (flags & BN_CTL_F_DRIVER_PATH ? BN_FIND_DRIVER_PATH : 0) |
-                                           (flags & BN_CTL_F_SYNC ? BN_DUMP_SYNC : 0),
+                                           (flags & BN_CTL_F_SYNC ? BN_DUMP_SYNC : 0) |
+                                           flags >> BN_CTL_F_LEVEL_SHIFT << BN_DUMP_LEVEL_SHIFT,
                                   .dirfd = rq->fd,
                                   .parent = flags & BN_CTL_F_PARENT ? rq->second : -1,
                                   .prepared = bn_take_prepared(c->d, root)};

@@ -28,8 +28,9 @@
 #define BN_MANIFEST_PHASES_MAX 256u
 #define BN_MANIFEST_BYTES_MAX ((size_t)256 << 20)
 
-/* Feature bits. A reader refuses a manifest with an incompatible bit that it does not know; version 1 has none. */
-#define BN_MANIFEST_INCOMPAT_KNOWN UINT64_C(0)
+/* Feature bits. A reader refuses a manifest with an incompatible bit that it does not know. */
+#define BN_MANIFEST_INCOMPAT_ZSTD UINT64_C(1) /* chunks may be compressed */
+#define BN_MANIFEST_INCOMPAT_KNOWN BN_MANIFEST_INCOMPAT_ZSTD
 
 struct bn_image_gpu {
     char name[96];
@@ -63,8 +64,9 @@ struct bn_image_process {
 
 #define BN_CHUNK_ZERO 1u /* all zero and not stored anywhere */
 #define BN_CHUNK_FLAGS_KNOWN 1u
-#define BN_ENCODING_RAW 0u /* the bytes themselves; others are for compression */
-#define BN_STORE_PACK 0u   /* in a pack of this folder; others are for references into a store */
+#define BN_ENCODING_RAW 0u  /* the bytes themselves */
+#define BN_ENCODING_ZSTD 1u /* a zstd frame of them; needs BN_MANIFEST_INCOMPAT_ZSTD */
+#define BN_STORE_PACK 0u    /* in a pack of this folder */
 
 struct bn_image_chunk {
     struct bn_hash hash; /* of the 2 MiB in memory, whatever the encoding; valid for zero chunks too */

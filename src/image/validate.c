@@ -114,20 +114,23 @@ static int check_chunk(const struct bn_manifest *m, uint32_t index, struct bn_er
     const struct bn_image_chunk *c = &m->chunks[index];
     if (c->flags & ~BN_CHUNK_FLAGS_KNOWN)
         return BAD(err, "chunk %u has unknown flags 0x%x", index, c->flags);
-    if (c->encoding != BN_ENCODING_RAW)
+    if (c->encoding != BN_ENCODING_RAW &&
+        (c->encoding != BN_ENCODING_ZSTD || !(m->incompat & BN_MANIFEST_INCOMPAT_ZSTD)))
         return BAD(err, "chunk %u has the unknown encoding %u", index, c->encoding);
     if (c->store != BN_STORE_PACK)
         return BAD(err, "chunk %u lies in a store of the unknown kind %u", index, c->store);
     if (c->flags & BN_CHUNK_ZERO) {
-        if (c->pack || c->offset || c->length)
+        if (c->pack || c->offset || c->length || c->encoding)
             return BAD(err, "chunk %u is zero and yet has a place", index);
         return 0;
     }
     const struct bn_image_pack *pack = bn_manifest_find_pack(m, c->pack);
     if (!pack)
         return BAD(err, "chunk %u is in pack %u, which is not listed", index, c->pack);
-    if (c->length != BN_CHUNK_SIZE)
-        return BAD(err, "chunk %u has %u bytes stored instead of 2 MiB", index, c->length);
+    if (c->encoding == BN_ENCODING_RAW ? c->length != BN_CHUNK_SIZE
+                                       : c->length == 0 || c->length >= BN_CHUNK_SIZE)
+        return BAD(err, "chunk %u has %u bytes stored instead of 2 MiB%s", index, c->length,
+                   c->encoding == BN_ENCODING_RAW ? "" : " compressed");
     if (c->offset % BN_PACK_ALIGN)
         return BAD(err, "chunk %u begins at %" PRIu64 ", no multiple of %u", index, c->offset, BN_PACK_ALIGN);
     if (c->offset > pack->length || c->length > pack->length - c->offset)

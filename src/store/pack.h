@@ -89,6 +89,10 @@ struct bn_pack_stats {
 /* At any time, from any thread: for progress. */
 void bn_pack_writer_stats(const struct bn_pack_writer *w, struct bn_pack_stats *out);
 
+/* From now on chunks are compressed with zstd where that saves an eighth or more. `level`: 1 to BN_COMPRESS_MAX (store/encoding.h),
+ * or 0 for none. When no other call is under way. -EINVAL: no such level. */
+int bn_pack_writer_compress(struct bn_pack_writer *w, unsigned level, struct bn_error *err);
+
 /* Begin anew with `n_chunks` chunks, none of them added; all bytes that were stored stay known. When no other call is under
  * way: a pre-dump's packs serve a dump whose segments are others by then. -EINVAL: too many, or after finish; -ENOMEM: nothing
  * was done. */

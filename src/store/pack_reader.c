@@ -2,6 +2,7 @@
 
 #include "base/cleanup.h"
 #include "store/disk.h"
+#include "store/encoding.h"
 #include "store/pack_file.h"
 
 #include <errno.h>
@@ -130,18 +131,38 @@ struct batch {
     bool damaged; /* and *err says so already */
     size_t n;
     uint32_t chunks[BN_DISK_PIECES];
+    void *to[BN_DISK_PIECES]; /* where it goes; a compressed chunk is read elsewhere first */
     struct bn_disk_piece pieces[BN_DISK_PIECES];
 };
+
+static int decode(const struct batch *b, size_t i)
+{
+    const struct bn_image_chunk *c = &b->r->m->chunks[b->chunks[i]];
+    int rc = c->encoding == BN_ENCODING_RAW ? 0 : bn_decode(b->pieces[i].data, c->length, b->to[i]);
+    if (rc == -EBADMSG)
+        return bn_error_set(b->err, EBADMSG, "store",
+                            "%s is damaged: what " BN_PACK_NAME " has at %llu cannot be decompressed",
+                            whose(b->r->m, b->chunks[i]).text, c->pack, (unsigned long long)c->offset);
+    return rc < 0 ? bn_error_set(b->err, rc, "store", "out of memory") : 0;
+}
 
 /* Hashed while others are still on their way. */
 static int chunk_is_here(void *arg, size_t i)
 {
     struct batch *b = arg;
-    if (!(b->flags & BN_PACK_VERIFY))
-        return 0;
-    int rc = bn_pack_reader_verify(b->r, b->chunks[i], b->pieces[i].data, b->err);
+    int rc = decode(b, i);
+    if (rc == 0 && b->flags & BN_PACK_VERIFY)
+        rc = bn_pack_reader_verify(b->r, b->chunks[i], b->to[i], b->err);
     b->damaged = rc < 0;
     return rc;
+}
+
+static void drop_pieces(struct batch *b)
+{
+    for (size_t i = 0; i < b->n; i++)
+        if (b->pieces[i].data != b->to[i])
+            free(b->pieces[i].data);
+    b->n = 0;
 }
 
 static int run_batch(struct batch *b)
@@ -150,8 +171,32 @@ static int run_batch(struct batch *b)
     int rc = bn_disk_read(b->r->disk, b->pieces, b->n, chunk_is_here, b, &failed);
     if (rc < 0 && !b->damaged)
         rc = read_failed(b->r, b->chunks[failed], rc, b->err);
-    b->n = 0;
+    drop_pieces(b);
     return rc;
+}
+
+/* Add a chunk to those that are read next. */
+static int add_piece(struct batch *b, uint32_t chunk, void *to)
+{
+    const struct bn_image_chunk *c = &b->r->m->chunks[chunk];
+    const struct bn_disk_file *file = file_of(b->r, c->pack);
+    bool raw = c->encoding == BN_ENCODING_RAW;
+    if (!file || (raw ? c->length != BN_CHUNK_SIZE : c->length > BN_CHUNK_SIZE))
+        return bn_error_set(b->err, EINVAL, "store", "%s has no place", whose(b->r->m, chunk).text);
+    /* Whole pages, as they lie on the disk, if the pack has them. */
+    uint64_t bytes = (c->length + BN_PACK_ALIGN - 1) / BN_PACK_ALIGN * BN_PACK_ALIGN,
+             there = bn_manifest_find_pack(b->r->m, c->pack)->length - c->offset;
+    void *data = raw ? to : aligned_alloc(BN_PACK_ALIGN, bytes);
+    if (!data)
+        return bn_error_set(b->err, ENOMEM, "store", "out of memory");
+    b->chunks[b->n] = chunk;
+    b->to[b->n] = to;
+    b->pieces[b->n++] = (struct bn_disk_piece){.file = file,
+                                               .offset = c->offset,
+                                               .data = data,
+                                               .bytes = bytes < there ? bytes : there,
+                                               .stable = raw && b->flags & BN_PACK_STABLE};
+    return 0;
 }
 
 int bn_pack_reader_read_batch(struct bn_pack_reader *r, uint32_t first, unsigned n, void *dst, unsigned flags,
@@ -169,15 +214,14 @@ int bn_pack_reader_read_batch(struct bn_pack_reader *r, uint32_t first, unsigned
             memset(to, 0, BN_CHUNK_SIZE);
             continue;
         }
-        const struct bn_disk_file *file = file_of(r, c->pack);
-        if (!file || c->length != BN_CHUNK_SIZE)
-            return bn_error_set(err, EINVAL, "store", "%s has no place", whose(r->m, first + i).text);
-        b.chunks[b.n] = first + i;
-        b.pieces[b.n++] = (struct bn_disk_piece){file, c->offset, to, c->length, flags & BN_PACK_STABLE};
-        if (b.n == BN_DISK_PIECES)
+        rc = add_piece(&b, first + i, to);
+        if (rc == 0 && b.n == BN_DISK_PIECES)
             rc = run_batch(&b);
     }
-    return rc == 0 && b.n > 0 ? run_batch(&b) : rc;
+    if (rc == 0 && b.n > 0)
+        rc = run_batch(&b);
+    drop_pieces(&b);
+    return rc;
 }
 
 int bn_pack_reader_read_unverified(struct bn_pack_reader *r, uint32_t chunk, void *dst, struct bn_error *err)

@@ -2,6 +2,7 @@
 
 #include "base/cleanup.h"
 #include "base/io.h"
+#include "store/encoding.h"
 #include "store/image_dir.h"
 #include "store/pack_file.h"
 
@@ -157,18 +158,55 @@ static int pwritev_full(int fd, struct iovec *iov, int n, uint64_t off)
 }
 
 static int write_around_cache(struct bn_pack_writer *w, struct bn_pack_lane *l, const struct iovec *iov,
-                              unsigned n)
+                              unsigned n, bool raw)
 {
     struct bn_disk_piece pieces[BN_PACK_BATCH];
     uint64_t end = l->length;
     if (l->file.fd < 0)
         bn_disk_file_open(w->disk, l->fd, true, &l->file);
     for (unsigned i = 0; i < n; i++) {
-        pieces[i] = (struct bn_disk_piece){&l->file, end, iov[i].iov_base, iov[i].iov_len, w->stable};
+        pieces[i] = (struct bn_disk_piece){&l->file, end, iov[i].iov_base, iov[i].iov_len, w->stable && raw};
         end += iov[i].iov_len;
     }
     bn_disk_reserve(&l->file, end);
     return bn_disk_write(w->disk, pieces, n);
+}
+
+static uint64_t padded(uint64_t bytes)
+{
+    return (bytes + BN_PACK_ALIGN - 1) / BN_PACK_ALIGN * BN_PACK_ALIGN;
+}
+
+/* A chunk in the form in which it is stored. */
+struct stored {
+    uint32_t length;
+    uint8_t encoding;
+};
+
+/* Compress what is worth it, in the lane's own memory, each filled up with zeros to BN_PACK_ALIGN. Returns the bytes of all. */
+static int64_t encode_chunks(const struct bn_pack_writer *w, struct bn_pack_lane *l, struct iovec *iov,
+                             struct stored *stored, unsigned n)
+{
+    uint64_t sum = 0;
+    if (w->compress && !l->encoder) {
+        if (!l->encoded)
+            l->encoded = aligned_alloc(BN_PACK_ALIGN, BN_PACK_BATCH * BN_ENCODED_MAX);
+        l->encoder = l->encoded ? bn_encoder_new(w->compress) : NULL;
+        if (!l->encoder)
+            return -ENOMEM;
+    }
+    for (unsigned i = 0; i < n; i++) {
+        stored[i] = (struct stored){BN_CHUNK_SIZE, BN_ENCODING_RAW};
+        uint8_t *out = w->compress ? l->encoded + i * BN_ENCODED_MAX : NULL;
+        size_t length = out ? bn_encode(l->encoder, iov[i].iov_base, out) : 0;
+        if (length) {
+            memset(out + length, 0, padded(length) - length);
+            stored[i] = (struct stored){(uint32_t)length, BN_ENCODING_ZSTD};
+            iov[i] = (struct iovec){out, padded(length)};
+        }
+        sum += iov[i].iov_len;
+    }
+    return (int64_t)sum;
 }
 
 /* Write `n` chunks behind each other into one pack and note where they are. */
@@ -179,24 +217,31 @@ static int write_chunks(struct bn_pack_writer *w, const void *const *data, const
     if (!l)
         return -w->failure.code;
     struct iovec iov[BN_PACK_BATCH];
+    struct stored stored[BN_PACK_BATCH];
     for (unsigned i = 0; i < n; i++)
         iov[i] = (struct iovec){(void *)data[i], BN_CHUNK_SIZE};
-    int r = w->disk ? write_around_cache(w, l, iov, n) : pwritev_full(l->fd, iov, (int)n, l->length);
+    int64_t sum = encode_chunks(w, l, iov, stored, n);
+    int r = sum < 0   ? (int)sum
+            : w->disk ? write_around_cache(w, l, iov, n, sum == (int64_t)(n * BN_CHUNK_SIZE))
+                      : pwritev_full(l->fd, iov, (int)n, l->length);
     if (r < 0) {
         r = bn_pack_fail(w, err, r, "write", l->pack);
         bn_pack_lane_done(w, l, 0);
         return r;
     }
+    uint64_t at = l->length;
     pthread_mutex_lock(&w->lock);
     for (unsigned i = 0; i < n; i++) {
         struct bn_pack_record *rec = &w->table.records[records[i]];
-        rec->offset = l->length + i * BN_CHUNK_SIZE;
-        rec->length = BN_CHUNK_SIZE;
+        rec->offset = at;
+        rec->length = stored[i].length;
+        rec->encoding = stored[i].encoding;
         rec->pack = l->pack;
+        at += padded(stored[i].length);
     }
-    w->stats.stored_bytes += n * BN_CHUNK_SIZE;
+    w->stats.stored_bytes += (uint64_t)sum;
     pthread_mutex_unlock(&w->lock);
-    bn_pack_lane_done(w, l, n * BN_CHUNK_SIZE);
+    bn_pack_lane_done(w, l, (uint64_t)sum);
     return 0;
 }
 
@@ -356,6 +401,19 @@ void bn_pack_writer_stats(const struct bn_pack_writer *w, struct bn_pack_stats *
     pthread_mutex_unlock(&mutable->lock);
 }
 
+int bn_pack_writer_compress(struct bn_pack_writer *w, unsigned level, struct bn_error *err)
+{
+    if (level > BN_COMPRESS_MAX)
+        return bn_error_set(err, EINVAL, "store", "compression has levels from 1 to %u, not %u",
+                            BN_COMPRESS_MAX, level);
+    w->compress = level;
+    for (unsigned i = 0; i < w->n_lanes; i++) {
+        bn_encoder_free(w->lanes[i].encoder); /* they are made anew, of that level */
+        w->lanes[i].encoder = NULL;
+    }
+    return 0;
+}
+
 int bn_pack_writer_relayout(struct bn_pack_writer *w, uint32_t n_chunks, struct bn_error *err)
 {
     if (w->finished || n_chunks > BN_MANIFEST_CHUNKS_MAX)
@@ -463,6 +521,10 @@ int bn_pack_writer_finish(struct bn_pack_writer *w, struct bn_manifest *m, struc
         r = sync_packs(w, err);
     if (r < 0)
         return r;
+    m->incompat &= ~BN_MANIFEST_INCOMPAT_ZSTD;
+    for (uint32_t i = 0; i < w->n_chunks; i++)
+        if (chunks[i].encoding == BN_ENCODING_ZSTD) /* of ours or of a parent */
+            m->incompat |= BN_MANIFEST_INCOMPAT_ZSTD;
     free(m->chunks);
     free(m->packs);
     m->chunks = BN_TAKE_PTR(chunks);
@@ -485,6 +547,8 @@ static void destroy(struct bn_pack_writer *w, bool remove)
     }
     for (unsigned i = 0; i < BN_PACK_LANES; i++) {
         bn_disk_file_close(&w->lanes[i].file);
+        bn_encoder_free(w->lanes[i].encoder);
+        free(w->lanes[i].encoded);
         pthread_mutex_destroy(&w->lanes[i].lock);
     }
     pthread_mutex_destroy(&w->lock);

@@ -16,7 +16,9 @@ struct bn_pack_lane {
     int fd;        /* as packs[pack] has it */
     uint32_t pack; /* BN_NO_PACK: none open */
     uint64_t length;
-    struct bn_disk_file file; /* of fd, while it is written around the page cache */
+    struct bn_disk_file file;   /* of fd, while it is written around the page cache */
+    struct bn_encoder *encoder; /* both NULL until the lane compresses its first chunk */
+    uint8_t *encoded;           /* BN_PACK_BATCH times BN_ENCODED_MAX */
 };
 
 /* A pack in our folder; its number is its place in the list. */
@@ -39,7 +41,7 @@ struct bn_pack_source {
 struct bn_pack_writer {
     int dirfd;
     int lock_fd; /* says that somebody is writing here; -1: the file system has no locks */
-    unsigned flags, n_lanes;
+    unsigned flags, n_lanes, compress;
     uint64_t pack_bytes;
     struct bn_hash_key *key;
     struct bn_hash zero; /* of a zero chunk */

@@ -61,6 +61,24 @@ class Share(Case):
             self.restore(program, folder)
             program.go_on()
 
+    def test_compressed(self):
+        self.start_daemon()
+        program = self.start(MODEL, 2, 1, 4)
+        self.refused(2, "dump", program.pid, self.path("ck"), "--compress=20", says="a level from 1 to 19, not 20")
+        plain = self.dump(program, "--leave-running", name="plain")
+        # Words that are mixed by a hash do not shrink: it is stored as it is, and no feature is needed to read it.
+        image = self.dump(program, "--leave-running", "--compress=1", name="compressed")
+        self.assertEqual(own_bytes(image), own_bytes(plain))
+        tidy = self.start(MODEL, 4, 0)
+        image = self.dump(tidy, "--compress=3", name="tidy")
+        self.assertLess(own_bytes(image), 3 * MIB)
+        self.assertIn("as it was written", self.ok("inspect", "--verify", image).stdout)
+        self.restore(tidy, image)
+        tidy.go_on()
+        child = self.dump(tidy, "--parent", image, name="child")
+        self.restore(tidy, child)
+        tidy.go_on()
+
     def test_parent_that_cannot_be_used(self):
         self.start_daemon()
         program = self.model()
@@ -117,7 +135,9 @@ class Store(Case):
         self.assertEqual(entries["torn"]["state"], "incomplete")
         for name in ("one", "two"):
             self.assertEqual(entries[name]["state"], "complete")
-            self.assertEqual((entries[name]["processes"], entries[name]["gpu_bytes"]), (1, (WEIGHTS + 2) * MIB))
+            self.assertEqual(entries[name]["processes"], 1)
+            self.assertEqual(entries[name]["gpu_bytes"], self.ok_json("inspect", self.path("store", name))["gpu_bytes"])
+            self.assertGreaterEqual(entries[name]["gpu_bytes"], (WEIGHTS + 2) * MIB)
             self.assertEqual(entries[name]["own_bytes"], own_bytes(self.path("store", name)))
             self.assertEqual(entries[name]["shared_bytes"], shared_bytes(self.path("store", name)))
         text = self.ok("store", "ls", self.path("store")).stdout.splitlines()
@@ -145,7 +165,8 @@ class Store(Case):
         self.make()
         answer = self.ok_json("store", "verify", self.path("store"))
         self.assertEqual((answer["checkpoints"], answer["damage"]), (2, []))
-        self.assertEqual(answer["bytes_read"], (WEIGHTS + 4) * MIB)
+        one, two = self.path("store/one"), self.path("store/two")
+        self.assertEqual(answer["bytes_read"], shared_bytes(one) + own_bytes(one) + own_bytes(two))
         self.assertIn("all as they were written", self.ok("store", "verify", self.path("store"), "two").stdout)
         shared = next(n for n, st in packs(self.path("store/one")).items() if st.st_nlink > 1)
         with open(self.path("store/one", shared), "r+b") as f:

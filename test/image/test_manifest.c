@@ -303,7 +303,14 @@ static void test_rules(void **state)
     REFUSED(memcpy(p[2].instance, p[0].instance, 16), "the same agent instance");
     REFUSED((p[0].flags = 0, memset(p[0].instance, 0, 16)), "has segments but no agent");
     REFUSED(c[0].flags = 2, "chunk 0 has unknown flags 0x2");
-    REFUSED(c[0].encoding = 1, "unknown encoding 1");
+    REFUSED(c[0].encoding = 1, "unknown encoding 1"); /* without the feature bit */
+    REFUSED((m->incompat = BN_MANIFEST_INCOMPAT_ZSTD, c[0].encoding = 2), "unknown encoding 2");
+    REFUSED((m->incompat = BN_MANIFEST_INCOMPAT_ZSTD, c[0].encoding = 1),
+            "stored instead of 2 MiB compressed");
+    REFUSED((m->incompat = BN_MANIFEST_INCOMPAT_ZSTD, c[0].encoding = 1, c[0].length = 0),
+            "has 0 bytes stored");
+    REFUSED((m->incompat = BN_MANIFEST_INCOMPAT_ZSTD, c[2].encoding = 1),
+            "chunk 2 is zero and yet has a place");
     REFUSED(c[0].store = 1, "unknown kind 1");
     REFUSED(c[2].offset = 4096, "chunk 2 is zero and yet has a place");
     REFUSED(c[2].length = 1, "chunk 2 is zero and yet has a place");

@@ -309,6 +309,82 @@ static void test_many_packs(void **state)
     bn_close(third.fd);
 }
 
+/* Chunks that shrink and chunks that do not, in one image; and one that shares them, with other options. */
+static void test_compressed(void **state)
+{
+    struct folder first = below(*state, "first"), second = below(*state, "second");
+    struct bn_error err = BN_ERROR_INIT;
+    uint8_t *buf = buffer(BN_PACK_BATCH), *got = buffer(BN_PACK_BATCH);
+    for (unsigned i = 0; i < BN_PACK_BATCH; i++) {
+        if (i % 2)
+            memset(buf + i * CHUNK, (int)i, CHUNK); /* nearly nothing is left of it */
+        else
+            fill(i + 1, buf + i * CHUNK); /* nothing is gained with it */
+    }
+    bn_auto_manifest struct bn_manifest *m = manifest(BN_PACK_BATCH);
+    struct bn_pack_writer *w = writer(first.fd, m, (struct bn_pack_options){0});
+    assert_int_equal(bn_pack_writer_compress(w, 100, &err), -EINVAL);
+    assert_says(&err, EINVAL, "levels from 1 to 19, not 100");
+    assert_int_equal(bn_pack_writer_compress(w, 3, NULL), 0);
+    struct bn_pack_item items[BN_PACK_BATCH];
+    for (unsigned i = 0; i < BN_PACK_BATCH; i++)
+        items[i] = (struct bn_pack_item){i, buf + i * CHUNK};
+    assert_int_equal(bn_pack_writer_add_batch(w, items, BN_PACK_BATCH, NULL), 0);
+    struct bn_pack_stats st;
+    finish(&first, w, m, &st);
+    assert_true(m->incompat & BN_MANIFEST_INCOMPAT_ZSTD);
+    assert_int_equal(st.stored_bytes, m->packs[0].length);
+    assert_true(st.stored_bytes < 5 * CHUNK);
+    for (unsigned i = 0; i < BN_PACK_BATCH; i++) {
+        assert_int_equal(m->chunks[i].encoding, i % 2 ? BN_ENCODING_ZSTD : BN_ENCODING_RAW);
+        assert_int_equal(m->chunks[i].offset % BN_PACK_ALIGN, 0);
+    }
+
+    /* The child does not compress, and has both forms all the same; of its parent's pack it copies a part. */
+    struct bn_pack_parent p = {first.fd, m};
+    bn_auto_manifest struct bn_manifest *child = manifest(3);
+    memcpy(child->key, m->key, sizeof(child->key));
+    w = writer(second.fd, child, (struct bn_pack_options){.parents = &p, .nparents = 1});
+    for (unsigned i = 0; i < 3; i++)
+        assert_int_equal(bn_pack_writer_add(w, i, buf + (3 - i) * CHUNK, NULL), 0);
+    finish(&second, w, child, &st);
+    assert_int_equal(st.copied_bytes, m->chunks[1].length + m->chunks[2].length + m->chunks[3].length);
+    assert_true(child->incompat & BN_MANIFEST_INCOMPAT_ZSTD);
+    struct bn_pack_reader *r = NULL;
+    assert_int_equal(bn_pack_reader_open(second.fd, child, &r, NULL), 0);
+    for (unsigned i = 0; i < 3; i++) {
+        assert_int_equal(bn_pack_reader_read(r, i, got, NULL), 0);
+        assert_int_equal(memcmp(got, buf + (3 - i) * CHUNK, CHUNK), 0);
+    }
+    bn_pack_reader_free(r);
+
+    bn_auto_manifest struct bn_manifest *loaded = NULL;
+    bn_image_load(first.fd, &loaded, &err);
+    assert_int_equal(bn_pack_reader_open(first.fd, loaded, &r, NULL), 0);
+    assert_int_equal(bn_pack_reader_read_batch(r, 0, BN_PACK_BATCH, got, BN_PACK_VERIFY, NULL), 0);
+    assert_int_equal(memcmp(got, buf, BN_PACK_BATCH * CHUNK), 0);
+
+    /* Another's bytes in the place of a frame: rubbish, and a frame that is right but another one's. */
+    const struct bn_image_chunk *one = &loaded->chunks[1], *three = &loaded->chunks[3];
+    int fd = openat(first.fd, "bennu-pack-0.img", O_RDWR | O_CLOEXEC);
+    bn_auto_free uint8_t *frame = malloc(one->length);
+    assert_int_equal(pread(fd, frame, one->length, (off_t)three->offset), one->length);
+    assert_int_equal(pwrite(fd, frame, one->length, (off_t)one->offset), one->length);
+    err = BN_ERROR_INIT;
+    assert_int_equal(bn_pack_reader_read(r, 1, got, &err), -EBADMSG);
+    assert_says(&err, EBADMSG, "chunk 1 (process 42");
+    assert_int_equal(pwrite(fd, "rubbish", 7, (off_t)one->offset), 7);
+    err = BN_ERROR_INIT;
+    assert_int_equal(bn_pack_reader_read_unverified(r, 1, got, &err), -EBADMSG);
+    assert_says(&err, EBADMSG, "cannot be decompressed");
+    bn_pack_reader_free(r);
+    close(fd);
+    free(buf);
+    free(got);
+    bn_close(first.fd);
+    bn_close(second.fd);
+}
+
 static void test_lock(void **state)
 {
     struct folder *f = *state;
@@ -343,6 +419,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_retarget, setup, teardown),
         cmocka_unit_test_setup_teardown(test_other_file_system, setup, teardown),
         cmocka_unit_test_setup_teardown(test_many_packs, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_compressed, setup, teardown),
         cmocka_unit_test_setup_teardown(test_lock, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
