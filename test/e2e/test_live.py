@@ -219,6 +219,23 @@ class WhileItRuns(Live):
         self.restore(program)
         program.go_on()
 
+    def test_around_the_page_cache(self):
+        self.start_daemon()
+        program = self.cut()
+        self.live(program, "ck", "--sync")
+        self.assertIs(self.ok_json("inspect", "--verify", self.path("ck"))["verified"], True)
+        self.restore(program)
+        program.go_on()
+
+    def test_without_an_agent(self):
+        """Nothing can be copied ahead, and nothing is wrong with it."""
+        self.start_daemon()
+        program = self.cut(agent=False)
+        answer = self.live(program, "ck")
+        self.assertEqual(answer["live"]["gpu_bytes"], 0)
+        self.restore(program)
+        program.go_on()
+
     def test_with_a_parent(self):
         self.start_daemon()
         program = self.cut()
