@@ -29,8 +29,11 @@ static void judge_hook(const char *program, const char *agent)
         check_add(CHECK_FAIL, "container hook", "run 'bennu install'",
                   "%s is missing: containers get no agent", agent ? agent : "the agent's name");
     else
-        check_add(CHECK_OK, "container hook", "", "Podman gives GPU containers %s (%u versions kept)", agent,
-                  count_agents());
+        check_add(
+            CHECK_OK, "container hook", "",
+            "Podman gives GPU containers %s (%u versions kept); one that was started without it is saved by "
+            "the driver alone, more slowly",
+            agent, count_agents());
 }
 
 void check_container(void)
@@ -41,7 +44,9 @@ void check_container(void)
     json_t *item;
     const char *agent = NULL;
     if (bn_read_file_at(AT_FDCWD, SETUP_HOOK, 1u << 20, &text, &len) < 0) {
-        check_add(CHECK_OK, "container hook", "", "none: containers get no agent; 'bennu install' adds it");
+        check_add(CHECK_OK, "container hook", "",
+                  "none: containers get no agent, and the driver alone saves their GPU memory, more slowly; "
+                  "'bennu install' adds it");
         return;
     }
     json_t *config = json_loadb(text, len, 0, NULL), *hook = json_object_get(config, "hook");

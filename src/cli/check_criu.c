@@ -101,6 +101,19 @@ static void check_plugin_folder(void)
         check_add(CHECK_OK, "plugin", "", "%s/%s", dir, CLI_PLUGIN_FILE);
 }
 
+/* In a folder that CRIU is not told to use. */
+static const char *idle_stock_plugin(const char *used)
+{
+    static const char *const places[] = {"/usr/lib/criu", "/usr/local/lib/criu", "/usr/lib64/criu"};
+    char file[64];
+    for (size_t i = 0; i < BN_ARRAY_SIZE(places); i++) {
+        snprintf(file, sizeof(file), "%s/cuda_plugin.so", places[i]);
+        if (strcmp(places[i], used) != 0 && access(file, F_OK) == 0)
+            return places[i];
+    }
+    return NULL;
+}
+
 /* Where podman, runc and a plain `criu` look: which plugin acts there is another question than in bennu's own commands. */
 static void check_system_folder(void)
 {
@@ -132,6 +145,11 @@ static void check_system_folder(void)
             CHECK_WARN, "system plugins",
             "podman and plain criu use that one, bennu's own commands do not; 'bennu install' changes that",
             "%s%s holds CRIU's own cuda_plugin.so", dir, from);
+    else if (ours && idle_stock_plugin(dir))
+        check_add(
+            CHECK_OK, "system plugins", "",
+            "%s%s: podman and plain criu use Bennu's, too; CRIU's own cuda_plugin.so in %s does not act", dir,
+            from, idle_stock_plugin(dir));
     else if (ours)
         check_add(CHECK_OK, "system plugins", "", "%s%s: podman and plain criu use Bennu's, too", dir, from);
     else

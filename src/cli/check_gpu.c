@@ -153,7 +153,9 @@ static void check_mps(void)
     for (size_t i = 0; i < n; i++) {
         char comm[16];
         if (bn_proc_comm(pids[i], comm) == 0 && strncmp(comm, "nvidia-cuda-mps", 15) == 0) {
-            check_add(CHECK_WARN, "MPS", "its clients cannot be saved: start the programs without it",
+            check_add(CHECK_WARN, "MPS",
+                      "its clients cannot be saved, other programs can: start those without it, or only free "
+                      "their GPU memory with 'bennu suspend --keep-context'",
                       "nvidia-cuda-mps runs (process %d)", pids[i]);
             return;
         }

@@ -336,9 +336,14 @@ class Machine(unittest.TestCase):
     def test_check(self):
         """What `bennu check` says of the container hook, at each stage."""
         said = self.run_in_copy("""
-            check() { $BENNU check | grep 'container hook' || true; }
+            check() { $BENNU check | grep -e 'container hook' -e 'system plugins' || true; }
             criu 4.1.1
             check
+            mkdir -p /usr/lib/criu && touch /usr/lib/criu/cuda_plugin.so
+            check
+            $BENNU install
+            check
+            rm /usr/lib/criu/cuda_plugin.so
             $BENNU install
             check
             rm -r /usr/lib/bennu/agents/*
@@ -347,8 +352,14 @@ class Machine(unittest.TestCase):
             check
             $BENNU uninstall
         """)
-        lines = [line for line in said.splitlines() if "container hook" in line]
-        for line, want in zip(lines, (r"^\[ok\].*none", r"^\[ok\].*/libbennu.so \(1 versions", r"^\[fail\].*missing", r"^\[fail\].*cannot be run"), strict=True):
+        hook = [line for line in said.splitlines() if "container hook" in line]
+        given = r"^\[ok\].*/libbennu.so \(1 versions"
+        for line, want in zip(hook, (r"^\[ok\].*none", r"^\[ok\].*none", given, given, r"^\[fail\].*missing", r"^\[fail\].*cannot be run"),
+                              strict=True):
+            self.assertRegex(line, want)
+        plugins = [line for line in said.splitlines() if "system plugins" in line]
+        for line, want in zip(plugins, ("none: podman", "use that one, bennu's own commands do not", "use Bennu's, too; CRIU's own .* does not act",
+                                        "use Bennu's, too$"), strict=False):
             self.assertRegex(line, want)
 
 
