@@ -184,23 +184,23 @@ static void test_few_segments_little_waste(void **state)
 /* Random sizes, random frees; every byte, also after the memory has been away. */
 static void test_bytes(void **state)
 {
-    static struct block b[48];
+    static struct block b[40];
     struct bn_agent_page before = page();
-    for (int round = 0; round < 6; round++) {
-        for (int step = 0; step < 200; step++) {
-            struct block *one = &b[random_below(48)];
+    for (int round = 0; round < 4; round++) {
+        for (int step = 0; step < 80; step++) {
+            struct block *one = &b[random_below(40)];
             if (one->p)
                 put(one);
             else
-                get(one, random_below(12) ? UNIT + random_below(3 * MIB) / 4 * 4 : 17 * MIB, false);
+                get(one, random_below(16) ? UNIT + random_below(3 * MIB) / 4 * 4 : 17 * MIB, false);
         }
-        check_page(&before, b, 48, false);
+        check_page(&before, b, 40, false);
         around(round % 2);
-        for (size_t i = 0; i < 48; i++)
+        for (size_t i = 0; i < 40; i++)
             if (b[i].p)
                 check(&b[i]);
     }
-    put_all(b, 48);
+    put_all(b, 40);
     assert_int_equal(page().gpu[0].segments, before.gpu[0].segments);
 }
 
@@ -209,7 +209,7 @@ static void test_nothing_is_kept_back(void **state)
 {
     struct block b;
     size_t room = free_memory(&native);
-    for (int i = 0; i < 50; i++) {
+    for (int i = 0; i < 10; i++) {
         get(&b, UNIT, true);
         assert_int_equal(free_memory(&native), room - UNIT);
         put(&b);
