@@ -90,6 +90,10 @@ def targets(sizes):
         return m("load.restore") / (max(criu, sizes["load"] / 50e9) * 1.15 + m("load.driver"))
     row("load", f"restore {load} from tmpfs / (max(CRIU, bytes / 50 GB/s) x 1.15 + driver restore)", "x", 1, "lower", load_bound,
         "load.restore", "load.driver", "load.empty.restore", "load.empty.driver")
+    row("live", f"live dump of {load}: gates closed until the last byte has left the GPU", "s", 0.1, "lower", lambda m: m("live.gpu"),
+        "live.gpu")
+    row("live", f"second checkpoint of {load}, of which 1/256 is written: bytes sent", "%", 5, "lower", lambda m: m("live.new"), "live.new")
+    row("live", f"restore of {load}: hashing on the GPU, of the whole command", "%", 3, "lower", lambda m: m("live.verify"), "live.verify")
     ratio("disk", "dump to disk: rate / the disk's O_DIRECT rate", 0.9, "higher", ["disk.dump_rate"], ["disk.write"])
     ratio("disk", "writing packs: rate / the disk's O_DIRECT rate", 0.9, "higher", ["disk.packs_write"], ["disk.write"])
     ratio("disk", "reading packs: rate / the disk's O_DIRECT rate", 0.9, "higher", ["disk.packs_read"], ["disk.read"])

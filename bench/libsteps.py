@@ -40,7 +40,7 @@ class Steps:
         return [("link", self.link, 120, 20), ("gate", self.gate, 60, 6), ("rest", self.rest, 90, 25), ("suspend", self.suspend, 180, 55),
                 ("driver", self.driver, 200, 80), ("blocks", self.blocks, 150, 50), ("gpu-tier", self.gpu_tier, 150, 30),
                 ("overhead", self.overhead, 240, 100), ("pytorch", self.pytorch, 300, 120), ("load", self.load, 200, 60),
-                ("disk", self.disk, 240, 80), ("llm", self.llm, 300, 120)]
+                ("live", self.live, 240, 90), ("disk", self.disk, 240, 80), ("llm", self.llm, 300, 120)]
 
     def memory_needed(self, step):
         """Host memory (bytes) that a step uses, to be touched beforehand."""
@@ -270,6 +270,58 @@ class Steps:
             self.add(f"load.{key}driver", f"restore with {what}: driver restore and unlock", drivers)
             if rates:
                 self.add("load.rate", f"restore with {what}, from tmpfs: bytes / time of the load", rates, "GB/s", "higher")
+
+    def live(self):
+        """A program that writes all the time: how long a live dump stops it, what its second checkpoint costs, what verification costs."""
+        t, s = self.t, self.s
+        if "--live" not in t.command([t.bennu, "dump", "--help"], env=t.own_env(), ok=False):
+            raise Skipped("this bennu has no dump --live")
+        cut = t.bin / "test/cr/cut"
+        if not cut.exists():
+            raise Skipped(f"there is no {cut}")
+        t.start_daemon()
+        images = t.tmpfs()
+        chunks = s["load"] // (2 * MIB)
+        hot = max(4, chunks // 256)
+        gpu, whole, plain, new, verify = [], [], [], [], []
+        program = t.start("cut", ["/usr/bin/env", f"CR_KERNELS={ROOT / 'sim/kernels.ptx'}", cut, "--plain", "--gaps", f"--hot={hot}",
+                                  f"--cold={chunks}"], commands=False)
+        program.wait_for("round 2$", "its second round", 120)
+
+        def dump(*options):
+            """Answer, and the longest call of the driver meanwhile: that is how long the program was stopped."""
+            t.count += 1
+            folder = pathlib.Path(images) / f"live-{t.count}"
+            before = program.log.stat().st_size
+            a = t.timed(["dump", "--json", "--leave-running", *options, program.pid, folder], 200)
+            end = program.log.stat().st_size
+            for _ in range(2):
+                program.wait_for("^0 .* round", "it goes on", 120, end)
+                end = program.log.stat().st_size
+            gap = max(float(g) for g in re.findall(r"^gap ([\d.]+)$", program.log.read_text()[before:], re.M))
+            return a, gap, folder
+
+        for _ in range(s["rounds"]):
+            a, gap, folder = dump()
+            plain.append(gap)
+            b, gap, second = dump(f"--parent={folder}")
+            new.append(b.phases["copy-out"][1] / b.data["gpu_bytes"] * 100)
+            shutil.rmtree(second)
+            shutil.rmtree(folder)
+            a, gap, folder = dump("--live")
+            gpu.append(a.seconds("gpu-pause"))
+            whole.append(gap)
+            shutil.rmtree(folder)
+        size = s["load_text"]
+        self.add("live.gpu", f"live dump of {size}: gates closed until the last byte has left the GPU", gpu)
+        self.add("live.pause", f"live dump of {size}, --leave-running: longest call of the driver in the program", whole)
+        self.add("live.plain", f"dump of {size}, --leave-running: longest call of the driver in the program", plain)
+        self.add("live.new", f"second checkpoint of {size}, of which 1/256 is written: bytes sent", new, "%")
+        answer, folder, _ = t.dump(program, images)
+        back = t.restore(program, folder)
+        verify.append(back.seconds("verify") / back.wall * 100)
+        self.add("live.verify", f"restore of {size}: hashing on the GPU, of the whole command", verify, "%")
+        program.kill()
 
     def disk(self):
         t, s = self.t, self.s

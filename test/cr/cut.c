@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 
 /* A CUDA program that writes to its GPU memory all the time, in an order that tells of every moment what must be where:
- * cut [--hot N] [--cold N] [--pause MS].
+ * cut [--hot N] [--cold N] [--pause MS] [--plain] [--gaps].
  *
  * Step k fills the hot chunk number mix(k) % N with words that follow from k, and the program's own memory counts the steps. After
  * every ROUND steps all GPU memory is compared, on the GPU, with what the count demands: a checkpoint that is no consistent
@@ -9,7 +9,8 @@
  * round is reported as "0 PID round N"; the first wrong word ends the program with status 1.
  *
  * Beside the hot chunks there are cold ones, which are never written again; as many that are all alike; as many zeros; and a block
- * that is freed and made anew, with other content, in every round. SIGUSR1 makes it rest until SIGUSR2.
+ * that is freed and made anew, with other content, in every round. --plain leaves out what is alike or zero. --gaps also prints
+ * "gap SECONDS" with each round, its longest call of the driver. SIGUSR1 makes it rest until SIGUSR2.
  */
 #include <errno.h>
 #include <getopt.h>
@@ -25,19 +26,37 @@
 #define WORDS (CHUNK / 8)
 #define BLOCK 4u /* chunks of an allocation */
 #define ROUND 32u
-#define CHUNKS_MAX 4096u
+#define CHUNKS_MAX 32768u
 
 static unsigned hot = 8, cold = 8, pause_ms = 1;
+static bool plain, gaps;
 static CUdeviceptr hot_at[CHUNKS_MAX], cold_at[CHUNKS_MAX], same_at[CHUNKS_MAX], zero_at[CHUNKS_MAX], churn,
     errors;
 static uint64_t last[CHUNKS_MAX]; /* each hot chunk: the step that wrote it */
 static CUfunction k_fill, k_check;
 static sigset_t rest;
 
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+/* The longest call of the driver since the last report: whoever is stopped is stopped in one. */
+static double longest;
+
+#define TIMED(call)                                                    \
+    do {                                                               \
+        double began_ = now();                                         \
+        MUST(call);                                                    \
+        longest = now() - began_ > longest ? now() - began_ : longest; \
+    } while (0)
+
 static void kernel(CUfunction f, uint64_t a, uint64_t b, uint64_t c, uint64_t d)
 {
     void *args[] = {&a, &b, &c, &d};
-    MUST(cuLaunchKernel(f, 64, 1, 1, 128, 1, 1, 0, NULL, args, NULL));
+    TIMED(cuLaunchKernel(f, 64, 1, 1, 128, 1, 1, 0, NULL, args, NULL));
 }
 
 static void fill(CUdeviceptr at, size_t words, uint64_t seed)
@@ -48,9 +67,9 @@ static void fill(CUdeviceptr at, size_t words, uint64_t seed)
 static void check(CUdeviceptr at, size_t words, uint64_t seed, const char *what, unsigned i, uint64_t step)
 {
     uint64_t bad = 0;
-    MUST(cuMemcpyHtoD_v2(errors, &bad, sizeof(bad)));
+    TIMED(cuMemcpyHtoD_v2(errors, &bad, sizeof(bad)));
     kernel(k_check, at, words, cr_mix(seed), errors);
-    MUST(cuMemcpyDtoH_v2(&bad, errors, sizeof(bad)));
+    TIMED(cuMemcpyDtoH_v2(&bad, errors, sizeof(bad)));
     if (bad)
         cr_die("WRONG: after step %llu, %s chunk %u has %llu words that are not of step %llu",
                (unsigned long long)step, what, i, (unsigned long long)bad, (unsigned long long)seed);
@@ -59,7 +78,7 @@ static void check(CUdeviceptr at, size_t words, uint64_t seed, const char *what,
 static void check_zero(unsigned i, uint64_t step)
 {
     static uint64_t words[WORDS];
-    MUST(cuMemcpyDtoH_v2(words, zero_at[i], CHUNK));
+    TIMED(cuMemcpyDtoH_v2(words, zero_at[i], CHUNK));
     for (size_t w = 0; w < WORDS; w++)
         if (words[w])
             cr_die("WRONG: after step %llu, zero chunk %u is not zero", (unsigned long long)step, i);
@@ -82,6 +101,8 @@ static void verify(uint64_t step, uint64_t round)
         check(hot_at[i], WORDS, last[i], "hot", i, step);
     for (unsigned i = 0; i < cold; i++) {
         check(cold_at[i], WORDS, UINT64_C(1) << 40 | i, "cold", i, step);
+        if (plain)
+            continue;
         check(same_at[i], WORDS, UINT64_C(1) << 41, "same", i, step);
         check_zero(i, step);
     }
@@ -91,8 +112,8 @@ static void verify(uint64_t step, uint64_t round)
 static void renew(uint64_t round)
 {
     if (churn)
-        MUST(cuMemFree_v2(churn));
-    MUST(cuMemAlloc_v2(&churn, BLOCK * CHUNK));
+        TIMED(cuMemFree_v2(churn));
+    TIMED(cuMemAlloc_v2(&churn, BLOCK * CHUNK));
     fill(churn, BLOCK * WORDS, UINT64_C(1) << 42 | round);
 }
 
@@ -105,12 +126,16 @@ static void set_up(void)
     MUST(cuMemAlloc_v2(&errors, 8));
     allocate(hot_at, hot);
     allocate(cold_at, cold);
-    allocate(same_at, cold);
-    allocate(zero_at, cold);
+    if (!plain) {
+        allocate(same_at, cold);
+        allocate(zero_at, cold);
+    }
     for (unsigned i = 0; i < hot; i++)
         fill(hot_at[i], WORDS, 0);
     for (unsigned i = 0; i < cold; i++) {
         fill(cold_at[i], WORDS, UINT64_C(1) << 40 | i);
+        if (plain)
+            continue;
         fill(same_at[i], WORDS, UINT64_C(1) << 41);
         MUST(cuMemcpyHtoD_v2(zero_at[i], zeros, CHUNK));
     }
@@ -130,13 +155,16 @@ static void on_go(int sig)
 
 int main(int argc, char **argv)
 {
-    static const struct option longs[] = {
-        {"hot", 1, NULL, 'h'}, {"cold", 1, NULL, 'c'}, {"pause", 1, NULL, 'p'}, {0}};
+    static const struct option longs[] = {{"hot", 1, NULL, 'h'},   {"cold", 1, NULL, 'c'},
+                                          {"pause", 1, NULL, 'p'}, {"plain", 0, NULL, 'P'},
+                                          {"gaps", 0, NULL, 'g'},  {0}};
     for (int c; (c = getopt_long(argc, argv, "", longs, NULL)) != -1;) {
         switch (c) {
         case 'h': hot = (unsigned)atoi(optarg); break;
         case 'c': cold = (unsigned)atoi(optarg); break;
         case 'p': pause_ms = (unsigned)atoi(optarg); break;
+        case 'P': plain = true; break;
+        case 'g': gaps = true; break;
         default: return 2;
         }
     }
@@ -160,6 +188,9 @@ int main(int argc, char **argv)
             continue;
         verify(step, round);
         renew(++round);
+        if (gaps)
+            printf("gap %.6f\n", longest);
+        longest = 0;
         printf("0 %d round %llu\n", (int)getpid(), (unsigned long long)round);
     }
 }
