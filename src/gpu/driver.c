@@ -206,8 +206,10 @@ void bn_gpu_close(struct bn_gpu *gpu)
 {
     if (!gpu)
         return;
-    for (unsigned i = 0; i < gpu->count; i++) {
+    for (unsigned i = 0; i < gpu->count;
+         i++) /* all of them first: their pinned memory belongs to every device */
         bn_gpu_hash_free(gpu, i);
+    for (unsigned i = 0; i < gpu->count; i++) {
         if (gpu->devices[i].ctx)
             gpu->cu.DevicePrimaryCtxRelease(gpu->devices[i].cu);
         pthread_mutex_destroy(&gpu->devices[i].lock);
