@@ -18,6 +18,12 @@
 
 /* ---- The copier ---------------------------------------------------------------------------------------- */
 
+/* A worker that waits for buffers. */
+struct waiter {
+    const struct bn_copy *job;
+    struct waiter *next;
+};
+
 struct bn_copier {
     struct bn_gpu *gpu;
     struct bn_copier_config config;
@@ -27,6 +33,7 @@ struct bn_copier {
     struct bn_mem **idle; /* buffers that nobody has; config.buffers places */
     unsigned nidle;
     unsigned lent;
+    struct waiter *waiting; /* in the order in which they came */
 };
 
 int bn_copier_new(struct bn_gpu *gpu, const struct bn_copier_config *config, struct bn_copier **out,
@@ -113,66 +120,114 @@ unsigned bn_copier_workers(const struct bn_copier *c, enum bn_copy_mode mode)
     return mode == BN_COPY_IN ? c->config.workers_in : c->config.workers;
 }
 
-/* Make what is missing of buffers[have .. want). Fewer than asked for are fine from two on. */
-static unsigned make_buffers(struct bn_copier *c, struct bn_copy *job, struct bn_mem **buffers, unsigned have,
-                             unsigned want)
+void bn_copier_reserve(struct bn_copier *c, unsigned pairs)
+{
+    unsigned buffers = 2 * pairs < c->config.buffers ? 2 * pairs : c->config.buffers;
+    bn_pool_reserve(c->pool, buffers * c->config.buffer, NULL);
+}
+
+/* Make what is missing of a pair. */
+static int make_buffers(struct bn_copier *c, struct bn_mem *pair[2], unsigned have, struct bn_error *err)
+{
+    for (; have < 2; have++) {
+        uint64_t len;
+        int r = bn_mem_alloc(c->pool, c->config.buffer, &pair[have], err);
+        if (r < 0)
+            return r;
+        bn_mem_dma_piece(pair[have], 0, &len);
+        if (len < c->config.buffer) { /* in pieces: the machine is so small that it cut the pool short */
+            bn_mem_free(pair[have]);
+            pair[have] = NULL;
+            return bn_error_set(err, ENOMEM, STAGE, "The machine has too little memory for staging buffers.");
+        }
+    }
+    return 0;
+}
+
+/* Whose turn it is: of the job with the fewest pairs, the one that has waited longest. With the lock; somebody waits. */
+static const struct waiter *next_waiter(const struct bn_copier *c)
+{
+    const struct waiter *next = c->waiting;
+    for (const struct waiter *w = c->waiting; w; w = w->next)
+        if (w->job->pairs < next->job->pairs)
+            next = w;
+    return next;
+}
+
+/* In line until it is our turn. With the lock, which is released meanwhile. */
+static bool wait_turn(struct bn_copier *c, struct bn_copy *job)
+{
+    struct waiter self = {.job = job}, **end = &c->waiting;
+    while (*end)
+        end = &(*end)->next;
+    *end = &self;
+    bool needed;
+    while ((needed = !atomic_load(&job->stop) && !atomic_load(&job->drained)) &&
+           (c->config.buffers - c->lent < 2 || next_waiter(c) != &self))
+        pthread_cond_wait(&c->returned, &c->lock);
+    for (end = &c->waiting; *end != &self;)
+        end = &(*end)->next;
+    *end = self.next;
+    pthread_cond_broadcast(&c->returned); /* it may be another's turn now */
+    return needed;
+}
+
+static void give_back(struct bn_copier *c, struct bn_copy *job, struct bn_mem *pair[2])
+{
+    for (unsigned i = 0; i < 2; i++)
+        if (pair[i])
+            c->idle[c->nidle++] = pair[i];
+    c->lent -= 2;
+    job->pairs--;
+    pthread_cond_broadcast(&c->returned);
+}
+
+bool bn_copier_lend(struct bn_copier *c, struct bn_copy *job, struct bn_mem *pair[2])
 {
     struct bn_error err = BN_ERROR_INIT;
-    int r = 0;
-    bn_pool_reserve(c->pool, (uint64_t)want * c->config.buffer,
-                    NULL); /* at once and by many threads; fails below if it does */
-    while (have < want && (r = bn_mem_alloc(c->pool, c->config.buffer, &buffers[have], &err)) == 0) {
-        uint64_t len;
-        bn_mem_dma_piece(buffers[have], 0, &len);
-        if (len < c->config.buffer) { /* in pieces: the machine is so small that it cut the pool short */
-            bn_mem_free(buffers[have]);
-            r = bn_error_set(&err, ENOMEM, STAGE, "The machine has too little memory for staging buffers.");
-            break;
-        }
-        have++;
-    }
-    if (have < 2)
-        bn_copy_fail(job, r, &err);
-    return have;
-}
-
-unsigned bn_copier_lend(struct bn_copier *c, struct bn_copy *job, struct bn_mem **buffers, unsigned want)
-{
-    want = want < 2 ? 2 : want - want % 2;
-    pthread_mutex_lock(&c->lock);
-    while (c->config.buffers - c->lent < 2 && !atomic_load(&job->stop))
-        pthread_cond_wait(&c->returned, &c->lock);
-    if (atomic_load(&job->stop)) {
-        pthread_mutex_unlock(&c->lock);
-        return 0;
-    }
-    if (want > c->config.buffers - c->lent)
-        want = c->config.buffers - c->lent;
-    c->lent += want;
     unsigned n = 0;
-    while (n < want && c->nidle > 0)
-        buffers[n++] = c->idle[--c->nidle];
+    pair[0] = pair[1] = NULL;
+    pthread_mutex_lock(&c->lock);
+    if (!wait_turn(c, job)) {
+        pthread_mutex_unlock(&c->lock);
+        return false;
+    }
+    c->lent += 2;
+    job->pairs++;
+    while (n < 2 && c->nidle > 0)
+        pair[n++] = c->idle[--c->nidle];
     pthread_mutex_unlock(&c->lock);
 
-    n = make_buffers(c, job, buffers, n, want);
-    unsigned keep = n - n % 2;
+    int r = make_buffers(c, pair, n, &err);
+    if (r == 0)
+        return true;
     pthread_mutex_lock(&c->lock);
-    while (n > keep)
-        c->idle[c->nidle++] = buffers[--n];
-    c->lent -= want - keep;
-    pthread_cond_broadcast(&c->returned);
+    give_back(c, job, pair);
+    bool alone = job->pairs == 0;
     pthread_mutex_unlock(&c->lock);
-    return keep;
+    if (alone) /* else fewer workers do it */
+        bn_copy_fail(job, r, &err);
+    return false;
 }
 
-void bn_copier_return(struct bn_copier *c, struct bn_mem **buffers, unsigned n)
+void bn_copier_return(struct bn_copier *c, struct bn_copy *job, struct bn_mem *pair[2])
 {
     pthread_mutex_lock(&c->lock);
-    c->lent -= n;
-    while (n > 0)
-        c->idle[c->nidle++] = buffers[--n];
-    pthread_cond_broadcast(&c->returned);
+    give_back(c, job, pair);
     pthread_mutex_unlock(&c->lock);
+}
+
+bool bn_copier_yield(struct bn_copier *c, const struct bn_copy *job)
+{
+    bool yield = false;
+    pthread_mutex_lock(&c->lock);
+    /* With none at all it takes turns even with a job that has only one pair. */
+    if (c->waiting && c->config.buffers - c->lent < 2) {
+        unsigned fewest = next_waiter(c)->job->pairs;
+        yield = fewest == 0 || fewest + 1 < job->pairs;
+    }
+    pthread_mutex_unlock(&c->lock);
+    return yield;
 }
 
 /* ---- For the threads of a job -------------------------------------------------------------------------- */
@@ -196,6 +251,8 @@ bool bn_copy_next(struct bn_copy *job, uint64_t max, uint64_t *off, uint64_t *by
             *mem_off = e->mem_off + job->at_off;
         job->at_off += *bytes;
     }
+    if (!more)
+        atomic_store(&job->drained, true);
     pthread_mutex_unlock(&job->lock);
     return more;
 }

@@ -15,6 +15,9 @@ struct bn_copy {
     _Atomic uint64_t done;
     atomic_bool stop; /* cancelled or failed: start nothing new */
 
+    atomic_bool drained; /* every piece is taken */
+    unsigned pairs;      /* of buffers that it has; the copier's lock */
+
     pthread_mutex_t lock; /* of everything below */
     pthread_cond_t cond;
     bool cancelled, ended;
@@ -36,10 +39,13 @@ void bn_copy_fail_cuda(struct bn_copy *job, CUresult c, const char *what);
 void bn_copy_direct(struct bn_copy *job);
 void bn_copy_streamed(struct bn_copy *job);
 
-/* Staging buffers of bn_copier_buffer() bytes: an even number, at most `want`, at least 2; waits while all
- * are lent. 0: the job was stopped, or failed meanwhile. */
-unsigned bn_copier_lend(struct bn_copier *copier, struct bn_copy *job, struct bn_mem **buffers,
-                        unsigned want);
-void bn_copier_return(struct bn_copier *copier, struct bn_mem **buffers, unsigned n);
+/* Two staging buffers of bn_copier_buffer() bytes for one worker of the job. While all are lent, waits: the next ones go to the job that
+ * has the fewest. False: no more are needed, or can be had; if the job has none at all, it has failed. */
+bool bn_copier_lend(struct bn_copier *copier, struct bn_copy *job, struct bn_mem *pair[2]);
+void bn_copier_return(struct bn_copier *copier, struct bn_copy *job, struct bn_mem *pair[2]);
+/* Another job has fewer buffers and waits for some: the caller is to return its own when it is through with them, and lend again. */
+bool bn_copier_yield(struct bn_copier *copier, const struct bn_copy *job);
+/* Get memory for so many pairs at once, by many threads. What fails here fails again where it is needed. */
+void bn_copier_reserve(struct bn_copier *copier, unsigned pairs);
 uint64_t bn_copier_buffer(const struct bn_copier *copier);
 unsigned bn_copier_workers(const struct bn_copier *copier, enum bn_copy_mode mode);

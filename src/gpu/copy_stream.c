@@ -2,7 +2,8 @@
  *
  * Every worker thread has a stream and two buffers of its own and needs no other worker: while its
  * callback works on one buffer the other one is being copied. Buffers of all workers queue up at the GPU's
- * copy engine, which takes them in turn. */
+ * copy engine, which takes them in turn. The buffers are lent by the copier; a worker whose job has more of them than
+ * another's gives them back between two pieces, and waits for its next turn. */
 #include "gpu/copy.h"
 
 #include <errno.h>
@@ -38,10 +39,8 @@ static int worker_open(struct worker *w)
 
 static void worker_close(struct worker *w)
 {
-    if (w->stream) {
-        w->cu->StreamSynchronize(w->stream); /* after a failure something may still be under way */
+    if (w->stream)
         w->cu->StreamDestroy(w->stream);
-    }
     for (unsigned i = 0; i < 2; i++)
         if (w->slots[i].event)
             w->cu->EventDestroy(w->slots[i].event);
@@ -70,25 +69,28 @@ static bool slot_wait(struct worker *w, struct slot *s)
     return c == CUDA_SUCCESS;
 }
 
-static void run_out(struct worker *w)
+/* False: it is another job's turn. */
+static bool run_out(struct worker *w)
 {
     const struct bn_copy_spec *spec = &w->job->spec;
-    for (unsigned i = 0;; i ^= 1) {
+    bool yield = false;
+    for (unsigned i = 0, pieces = 0;; i ^= 1) {
         struct slot *next = &w->slots[i], *ready = &w->slots[i ^ 1];
-        if (bn_copy_next(w->job, w->piece, &next->off, &next->bytes, NULL))
+        yield = yield || (pieces > 0 && bn_copier_yield(w->job->copier, w->job));
+        if (!yield && ++pieces && bn_copy_next(w->job, w->piece, &next->off, &next->bytes, NULL))
             slot_start(w, next);
         if (ready->bytes == 0 && next->bytes == 0)
-            return;
+            return !yield;
         if (ready->bytes == 0)
             continue;
         if (!slot_wait(w, ready) || atomic_load(&w->job->stop))
-            return;
+            return true;
         struct bn_error err = BN_ERROR_INIT;
         int r = spec->consume(spec->arg, ready->off / BN_GPU_CHUNK, (unsigned)(ready->bytes / BN_GPU_CHUNK),
                               ready->data, &err);
         if (r < 0) {
             bn_copy_fail(w->job, r, &err);
-            return;
+            return true;
         }
         atomic_fetch_add(&w->job->done, ready->bytes);
         ready->bytes = 0;
@@ -106,14 +108,16 @@ static bool slot_drain(struct worker *w, struct slot *s)
     return true;
 }
 
-static void run_in(struct worker *w)
+static bool run_in(struct worker *w)
 {
     const struct bn_copy_spec *spec = &w->job->spec;
-    for (unsigned i = 0;; i ^= 1) {
+    bool yield = false;
+    for (unsigned i = 0, pieces = 0;; i ^= 1, pieces++) {
         struct slot *s = &w->slots[i];
         if (!slot_drain(w, s))
-            return;
-        if (!bn_copy_next(w->job, w->piece, &s->off, &s->bytes, NULL))
+            return true;
+        yield = pieces > 0 && bn_copier_yield(w->job->copier, w->job);
+        if (yield || !bn_copy_next(w->job, w->piece, &s->off, &s->bytes, NULL))
             break;
         struct bn_error err = BN_ERROR_INIT;
         int r = spec->produce(spec->arg, s->off / BN_GPU_CHUNK, (unsigned)(s->bytes / BN_GPU_CHUNK), s->data,
@@ -121,13 +125,29 @@ static void run_in(struct worker *w)
         if (r < 0) {
             s->bytes = 0;
             bn_copy_fail(w->job, r, &err);
-            return;
+            return true;
         }
         if (!slot_start(w, s))
-            return;
+            return true;
     }
     slot_drain(w, &w->slots[0]);
     slot_drain(w, &w->slots[1]);
+    return !yield;
+}
+
+/* With buffers, as long as there is something to do. */
+static void run_turns(struct worker *w)
+{
+    struct bn_mem *pair[2];
+    bool done = false;
+    while (!done && bn_copier_lend(w->job->copier, w->job, pair)) {
+        for (unsigned k = 0; k < 2; k++)
+            w->slots[k].data = bn_mem_piece(pair[k], 0, NULL, NULL);
+        done = w->job->spec.mode == BN_COPY_OUT ? run_out(w) : run_in(w);
+        if (done)
+            w->cu->StreamSynchronize(w->stream); /* after a failure something may still reach the buffers */
+        bn_copier_return(w->job->copier, w->job, pair);
+    }
 }
 
 static void *worker_run(void *arg)
@@ -139,12 +159,8 @@ static void *worker_run(void *arg)
         bn_copy_fail(w->job, r, &err);
         return NULL;
     }
-    if (worker_open(w) == 0) {
-        if (w->job->spec.mode == BN_COPY_OUT)
-            run_out(w);
-        else
-            run_in(w);
-    }
+    if (worker_open(w) == 0)
+        run_turns(w);
     worker_close(w);
     bn_gpu_leave(w->job->gpu);
     return NULL;
@@ -160,14 +176,12 @@ static uint64_t piece_size(uint64_t total, unsigned workers, uint64_t buffer)
     return piece < buffer ? piece : buffer;
 }
 
-static void run_workers(struct bn_copy *job, struct worker *workers, struct bn_mem **buffers, unsigned n)
+static void run_workers(struct bn_copy *job, struct worker *workers, unsigned n)
 {
     uint64_t piece = piece_size(job->total, n, bn_copier_buffer(job->copier));
     for (unsigned i = 0; i < n; i++) {
         struct worker *w = &workers[i];
         *w = (struct worker){.job = job, .cu = &job->gpu->cu, .piece = piece};
-        for (unsigned k = 0; k < 2; k++)
-            w->slots[k].data = bn_mem_piece(buffers[2 * i + k], 0, NULL, NULL);
         /* This thread is worker 0. Fewer threads than wished for do the job as well. */
         w->started = i > 0 && bn_gpu_thread(&w->thread, worker_run, w) == 0;
     }
@@ -183,17 +197,12 @@ void bn_copy_streamed(struct bn_copy *job)
     uint64_t chunks = job->total / BN_GPU_CHUNK;
     if (want > chunks)
         want = (unsigned)chunks;
-    struct bn_mem **buffers = calloc(2 * (size_t)want, sizeof(struct bn_mem *));
     struct worker *workers = calloc(want, sizeof(*workers));
-    if (!buffers || !workers) {
+    if (!workers) {
         bn_copy_fail(job, -ENOMEM, NULL);
-    } else {
-        unsigned n = bn_copier_lend(job->copier, job, buffers, 2 * want);
-        if (n > 0) {
-            run_workers(job, workers, buffers, n / 2);
-            bn_copier_return(job->copier, buffers, n);
-        }
+        return;
     }
+    bn_copier_reserve(job->copier, want);
+    run_workers(job, workers, want);
     free(workers);
-    free(buffers);
 }

@@ -164,7 +164,7 @@ void *bn_mem_piece(const struct bn_mem *mem, uint64_t off, uint64_t *len, uint64
 /* ---- Copies -------------------------------------------------------------------------------------------- */
 
 /* The copier lends staging buffers to jobs and starts their threads. One for a process is enough: jobs run
- * side by side, each with a bounded number of buffers in flight, so that they share the link evenly. */
+ * side by side; buffers go to the job that has the fewest, between any two pieces, so that they share the link evenly. */
 struct bn_copier;
 
 struct bn_copier_config {

@@ -372,7 +372,8 @@ static void many_jobs(void **state)
     struct bn_copy_spec spec = {
         .mode = BN_COPY_OUT, .set = sets[0], .consume = consume, .arg = &hold, .workers = 3};
     assert_ok(bn_copy_start(small, &spec, &jobs[0], &err), &err);
-    sem_wait(&hold.started);
+    for (int i = 0; i < 3; i++) /* all buffers are lent */
+        sem_wait(&hold.started);
     spec.set = sets[1];
     spec.arg = &never;
     assert_ok(bn_copy_start(small, &spec, &jobs[1], &err), &err);
@@ -387,6 +388,60 @@ static void many_jobs(void **state)
     for (int i = 0; i < JOBS; i++)
         bn_gpu_set_free(sets[i]);
     bn_copier_free(small);
+}
+
+/* A large job that was first and a small one, with buffers for one of them. */
+struct shared {
+    atomic_uint large, small; /* calls */
+    unsigned large_at_end;    /* of the small one */
+};
+#define LARGE_CALLS 32u
+#define SMALL_CALLS 8u
+
+static int large_call(void *arg, uint64_t chunk, unsigned n, const void *data, struct bn_error *err)
+{
+    struct shared *s = arg;
+    unsigned before = atomic_load(&s->small);
+    atomic_fetch_add(&s->large, 1);
+    for (int i = 0; i < 100 && before < SMALL_CALLS && atomic_load(&s->small) == before; i++)
+        usleep(1000); /* until the small one gets on, or not */
+    return 0;
+}
+
+static int small_call(void *arg, uint64_t chunk, unsigned n, const void *data, struct bn_error *err)
+{
+    struct shared *s = arg;
+    if (atomic_fetch_add(&s->small, 1) + 1 == SMALL_CALLS)
+        s->large_at_end = atomic_load(&s->large);
+    return 0;
+}
+
+static void shared_buffers(void **state)
+{
+    struct bn_copier_config config = {.buffer = 2 * MIB, .workers = 1, .buffers = 2};
+    struct bn_gpu_set *large = some_set(0, 12), *small = some_set(0, 3);
+    struct bn_copier *c;
+    struct bn_copy *jobs[2];
+    struct shared s = {0};
+    struct bn_error err = BN_ERROR_INIT;
+    assert_ok(bn_copier_new(gpu, &config, &c, &err), &err);
+    struct bn_copy_spec spec = {.mode = BN_COPY_OUT, .set = large, .consume = large_call, .arg = &s};
+    assert_ok(bn_copy_start(c, &spec, &jobs[0], &err), &err);
+    while (atomic_load(&s.large) == 0)
+        usleep(1000);
+    spec.set = small;
+    spec.consume = small_call;
+    assert_ok(bn_copy_start(c, &spec, &jobs[1], &err), &err);
+    for (int i = 0; i < 2; i++) {
+        assert_ok(bn_copy_wait(jobs[i], NULL, NULL, 0, &err), &err);
+        bn_copy_free(jobs[i]);
+    }
+    assert_int_equal(atomic_load(&s.large), LARGE_CALLS);
+    assert_int_equal(atomic_load(&s.small), SMALL_CALLS);
+    assert_in_range(s.large_at_end, 1, LARGE_CALLS - 1); /* it did not wait for the end of the large one */
+    bn_gpu_set_free(large);
+    bn_gpu_set_free(small);
+    bn_copier_free(c);
 }
 
 /* ---- Every call of the driver fails once --------------------------------------------------------------- */
@@ -489,9 +544,11 @@ static void every_call_fails(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(direct),    cmocka_unit_test(direct_extents),   cmocka_unit_test(bad_specs),
-        cmocka_unit_test(streamed),  cmocka_unit_test(streamed_extents), cmocka_unit_test(callback_fails),
-        cmocka_unit_test(cancelled), cmocka_unit_test(many_jobs),        cmocka_unit_test(every_call_fails),
+        cmocka_unit_test(direct),           cmocka_unit_test(direct_extents),
+        cmocka_unit_test(bad_specs),        cmocka_unit_test(streamed),
+        cmocka_unit_test(streamed_extents), cmocka_unit_test(callback_fails),
+        cmocka_unit_test(cancelled),        cmocka_unit_test(many_jobs),
+        cmocka_unit_test(shared_buffers),   cmocka_unit_test(every_call_fails),
     };
     return cmocka_run_group_tests(tests, up, down);
 }
