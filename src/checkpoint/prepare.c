@@ -199,6 +199,8 @@ static int prepared_new(struct bn_env *env, pid_t root, const struct bn_prepare_
         r = open_folder(p, o->dirfd, err);
     if (r == 0)
         r = bn_send_open(p->dirfd, o->parent, key, &p->writer, err);
+    if (r == 0)
+        r = bn_pack_writer_compress(p->writer, o->level, err);
     if (r == 0 && !(p->key = bn_hash_key_new(key)))
         r = bn_error_set(err, ENOMEM, "pre-dump", "out of memory");
     if (r < 0) {

@@ -26,6 +26,7 @@ struct bn_prepare_options {
     int dirfd;           /* where the packs go; -1: a folder of its own in the spool */
     int parent;          /* folder of a checkpoint with which bytes are shared; -1: none */
     uint64_t per_second; /* bytes to copy, at most; 0: no limit */
+    unsigned level;      /* of compression, as bn_pack_writer_compress() takes it */
 };
 
 struct bn_prepare_stats {

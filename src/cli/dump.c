@@ -204,7 +204,8 @@ static int copy_ahead(struct dump *d, int *sock, struct bn_error *err)
     if (*sock < 0)
         return CLI_NO_DAEMON;
     struct cli_progress *progress = cli_progress_new("dump");
-    int r = cli_prepare(*sock, d->pid, d->dir.fd, from, d->per_second, progress, d->cancel, &d->ahead, err);
+    int r = cli_prepare(*sock, d->pid, d->dir.fd, from, d->per_second, level, progress, d->cancel, &d->ahead,
+                        err);
     cli_progress_free(progress);
     return r < 0 ? cli_daemon_exit_code(err) : CLI_OK;
 }

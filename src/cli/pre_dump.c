@@ -51,8 +51,9 @@ static void on_event(void *arg, const struct bn_ctl_head *head, struct bn_reader
         shutdown(l->sock, SHUT_WR);
 }
 
-int cli_prepare(int sock, pid_t pid, int dir, int parent, uint64_t per_second, struct cli_progress *progress,
-                const struct cli_cancel *cancel, struct cli_ahead *out, struct bn_error *err)
+int cli_prepare(int sock, pid_t pid, int dir, int parent, uint64_t per_second, unsigned level,
+                struct cli_progress *progress, const struct cli_cancel *cancel, struct cli_ahead *out,
+                struct bn_error *err)
 {
     struct listener listener = {sock, progress, cancel};
     struct bn_reader reply;
@@ -66,8 +67,8 @@ int cli_prepare(int sock, pid_t pid, int dir, int parent, uint64_t per_second, s
     if (parent >= 0)
         fds[nfds++] = parent;
     bn_write_u32(&body, (uint32_t)pid);
-    bn_write_u32(&body,
-                 BN_CTL_F_PROGRESS | (dir >= 0 ? BN_CTL_F_FOLDER : 0) | (parent >= 0 ? BN_CTL_F_PARENT : 0));
+    bn_write_u32(&body, level << BN_CTL_F_LEVEL_SHIFT | BN_CTL_F_PROGRESS | (dir >= 0 ? BN_CTL_F_FOLDER : 0) |
+                            (parent >= 0 ? BN_CTL_F_PARENT : 0));
     bn_write_u64(&body, per_second);
     uint64_t began = bn_now_ns();
     int r =
@@ -152,7 +153,7 @@ static int pre_dump(int argc, char **argv)
     if (drop)
         return run_drop(sock, pid);
     struct cli_progress *progress = cli_progress_new("pre-dump");
-    int r = cli_prepare(sock, pid, -1, -1, per_second, progress, NULL, &ahead, &err);
+    int r = cli_prepare(sock, pid, -1, -1, per_second, 0, progress, NULL, &ahead, &err);
     cli_progress_free(progress);
     if (r < 0) /* ENODATA: no CUDA in it */
         return cli_fail(err.code == ENODATA ? CLI_REFUSED : cli_daemon_exit_code(&err), &err, json);

@@ -397,6 +397,7 @@ static int on_prepare(struct client *c, struct request *rq, struct bn_writer *re
     pid_t root = (pid_t)bn_read_u32(&rq->body);
     uint32_t flags = bn_read_u32(&rq->body);
     struct bn_prepare_options o = {.dirfd = -1, .parent = -1, .per_second = bn_read_u64(&rq->body)};
+    o.level = flags >> BN_CTL_F_LEVEL_SHIFT;
     if (flags & BN_CTL_F_FOLDER)
         o.dirfd = rq->fd;
     if (flags & BN_CTL_F_PARENT)

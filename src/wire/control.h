@@ -90,8 +90,8 @@ extern const char *const bn_tier_names[BN_TIERS]; /* [0] is NULL */
 #define BN_CTL_F_SYNC \
     16u /* DUMP_BEGIN: everything is on the disk, CRIU's files too, before DUMP_END is answered */
 
-#define BN_CTL_F_LEVEL_SHIFT 24 /* DUMP_BEGIN: the 8 highest bits are the level of compression, 0 = none */
-#define BN_CTL_F_LEVEL_SHIFT 24 /* DUMP_BEGIN: the 8 highest bits are the level of compression, 0 = none */
+#define BN_CTL_F_LEVEL_SHIFT \
+    24 /* DUMP_BEGIN, PREPARE: the 8 highest bits are the level of compression, 0 = none */
 #define BN_CTL_F_PARENT \
     64u /* DUMP_BEGIN: bytes that the checkpoint in the second descriptor has are shared */
 

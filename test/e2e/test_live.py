@@ -227,6 +227,16 @@ class WhileItRuns(Live):
         self.restore(program)
         program.go_on()
 
+    def test_compressed(self):
+        """What is copied ahead, too."""
+        self.start_daemon()
+        program = self.memcheck()  # of whose chunks the ends are empty
+        self.live(program, "plain", "--leave-running")
+        self.live(program, "ck", "--compress=1")
+        self.assertIs(self.ok_json("inspect", "--verify", self.path("ck"))["verified"], True)
+        self.restore(program)
+        program.go_on()
+
     def test_without_an_agent(self):
         """Nothing can be copied ahead, and nothing is wrong with it."""
         self.start_daemon()
