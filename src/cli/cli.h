@@ -158,8 +158,8 @@ int cli_parse_bandwidth(const char *text, uint64_t *out);
 /* BN_CTL_PREPARE on `sock`; `dir` and `parent` may be -1, `cancel` NULL; `level` of compression, 0: none. A signal that `cancel` has
  * seen closes the connection. */
 int cli_prepare(int sock, pid_t pid, int dir, int parent, uint64_t per_second, unsigned level,
-                struct cli_progress *progress,
-                const struct cli_cancel *cancel, struct cli_ahead *out, struct bn_error *err);
+                struct cli_progress *progress, const struct cli_cancel *cancel, struct cli_ahead *out,
+                struct bn_error *err);
 json_t *cli_json_ahead(const struct cli_ahead *a);
 void cli_print_ahead(const struct cli_ahead *a);
 
