@@ -96,7 +96,7 @@ static int start_writing(struct bn_quiesce *q, struct bn_error *err)
         r = open_writer(d, err);
     /* What does not fit into the page cache would only push out what other programs use, and wait for the disk all the same. */
     if (r == 0 && (q->flags & BN_DUMP_SYNC || bn_manifest_bytes(d->manifest) > bn_disk_cache_room()))
-        r = bn_pack_writer_direct(d->writer, 0, true, err); /* stable: the copier keeps its staging buffers */
+        r = bn_pack_writer_direct(d->writer, 0, true, err);
     if (r == 0)
         r = bn_pack_writer_compress(d->writer, q->flags >> BN_DUMP_LEVEL_SHIFT, err);
     if (r < 0)
@@ -130,6 +130,7 @@ static void dump_free(struct bn_dump *d)
     bn_manifest_free(d->manifest);
     bn_report_unref(d->q.report);
     bn_close(d->dirfd);
+    bn_copier_let_go(d->q.env->copier);
     for (size_t i = 0; i < d->nparts; i++)
         bn_sending_free(d->parts[i]);
     free(d->parts);
@@ -178,6 +179,7 @@ int bn_dump_begin(struct bn_env *env, pid_t root, const struct bn_dump_options *
         bn_prepared_free(options->prepared);
         return bn_error_set(err, ENOMEM, "dump", "out of memory");
     }
+    bn_copier_hold(env->copier); /* the writer may be told that staging buffers are stable */
     d->dirfd = fcntl(options->dirfd, F_DUPFD_CLOEXEC, 3);
     d->q = (struct bn_quiesce){.env = env,
                                .report = bn_report_ref(report),

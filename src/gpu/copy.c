@@ -33,6 +33,7 @@ struct bn_copier {
     struct bn_mem **idle; /* buffers that nobody has; config.buffers places */
     unsigned nidle;
     unsigned lent;
+    unsigned holders;
     struct waiter *waiting; /* in the order in which they came */
 };
 
@@ -101,13 +102,28 @@ int bn_copier_warm(struct bn_copier *c, struct bn_error *err)
     return bn_pool_reserve(c->pool, 2 * c->config.workers * c->config.buffer, err);
 }
 
+void bn_copier_hold(struct bn_copier *c)
+{
+    pthread_mutex_lock(&c->lock);
+    c->holders++;
+    pthread_mutex_unlock(&c->lock);
+}
+
+void bn_copier_let_go(struct bn_copier *c)
+{
+    pthread_mutex_lock(&c->lock);
+    c->holders--;
+    pthread_mutex_unlock(&c->lock);
+}
+
 void bn_copier_trim(struct bn_copier *c)
 {
     pthread_mutex_lock(&c->lock);
-    while (c->nidle > 0)
+    while (c->nidle > 0 && c->holders == 0)
         bn_mem_free(c->idle[--c->nidle]);
+    if (c->holders == 0) /* with the lock: nobody shall begin to hold them meanwhile */
+        bn_pool_trim(c->pool);
     pthread_mutex_unlock(&c->lock);
-    bn_pool_trim(c->pool);
 }
 
 uint64_t bn_copier_buffer(const struct bn_copier *c)

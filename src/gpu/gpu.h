@@ -181,7 +181,11 @@ int bn_copier_new(struct bn_gpu *gpu, const struct bn_copier_config *config, str
                   struct bn_error *err);
 /* All jobs must have been freed. */
 void bn_copier_free(struct bn_copier *copier);
-/* Give back the staging buffers that no job has. */
+/* From one to the other nothing is trimmed: whoever has named staging buffers to somebody else (the kernel, for its I/O) and
+ * counts on them being the same memory in a later job. */
+void bn_copier_hold(struct bn_copier *copier);
+void bn_copier_let_go(struct bn_copier *copier);
+/* Give back the staging buffers that no job has, unless somebody holds them. */
 void bn_copier_trim(struct bn_copier *copier);
 /* Pin the staging buffers of one job now. */
 int bn_copier_warm(struct bn_copier *copier, struct bn_error *err);

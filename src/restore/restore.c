@@ -146,7 +146,7 @@ static int verify(struct bn_restore *r, struct bn_error *err)
 static int finish_loading(struct bn_quiesce *q, struct bn_error *err)
 {
     int rc = bn_copies_finish(&of(q)->copies, q, of(q)->cancel, err);
-    return rc < 0 ? rc : verify(of(q), err);
+    return rc < 0 || of(q)->nloads == 0 ? rc : verify(of(q), err); /* a stock image has no manifest either */
 }
 
 static int check_driver(const struct bn_restore *r, struct bn_error *err)
@@ -190,6 +190,7 @@ int bn_restore_begin(struct bn_env *env, int dirfd, unsigned flags, struct bn_re
     if (!r)
         return bn_error_set(err, ENOMEM, "load", "out of memory");
     r->flags = flags;
+    bn_copier_hold(env->copier); /* the reader's BN_PACK_STABLE */
     r->q = (struct bn_quiesce){.env = env, .report = bn_report_ref(report), .copy_end = finish_loading};
     int rc = flags & BN_RESTORE_STOCK ? 0 : begin(r, dirfd, err);
     if (rc < 0) {
@@ -308,6 +309,7 @@ void bn_restore_free(struct bn_restore *r)
     bn_copies_cancel(&r->copies, &r->q);
     bn_targets_free(&r->q.targets);
     bn_pack_reader_free(r->reader);
+    bn_copier_let_go(r->q.env->copier);
     bn_manifest_free(r->manifest);
     bn_report_unref(r->q.report);
     free(r->loads);
