@@ -211,10 +211,12 @@ int bn_sending_settle(struct bn_sending *s, struct bn_error *err)
         if (r < 0)
             return bn_error_set(err, r, "copy-out", "cannot note a chunk: %s", strerror(-r));
         if (r == 0)
-            return bn_error_set(err, EIO, "copy-out",
-                                "chunk %zu of GPU memory arrived with other bytes than were hashed on GPU %u "
-                                "(%s): try again, and if it happens again suspect that GPU or its link",
-                                i, s->part->dev, bn_gpu_info(s->env->gpu, s->part->dev)->name);
+            return bn_error_set(
+                err, EIO, "copy-out",
+                "chunk %zu of GPU memory arrived with other bytes than were hashed on GPU %u "
+                "(%s): try again, and if it happens again suspect that GPU or its link, or its hash: "
+                "'bennud --no-gpu-hash' does without",
+                i, s->part->dev, bn_gpu_info(s->env->gpu, s->part->dev)->name);
     }
     return 0;
 }

@@ -35,6 +35,7 @@ struct options {
     int private_fd;
     bool worker;
     int keeper_fd, listen_fd; /* a worker's */
+    bool no_gpu_hash;
 };
 
 static const char usage_text[] =
@@ -50,6 +51,7 @@ static const char usage_text[] =
     "      --spool DIR         folder for what is suspended to the disk (default /var/lib/bennu/spool; with "
     "another\n"
     "                          run folder: spool in that)\n"
+    "      --no-gpu-hash       hash on the CPU alone: slower, and independent of GPU and driver\n"
     "      --private FD        serve the one connection on FD, then end (used by the CRIU plugin)\n"
     "      --help, --version\n";
 
@@ -304,6 +306,7 @@ static int parse_options(int argc, char **argv, struct options *o)
         TRIM_AFTER,
         GPU_BUDGET,
         DISK_BUDGET,
+        NO_GPU_HASH,
         PRIVATE,
         WORKER,
         HELP,
@@ -317,6 +320,7 @@ static int parse_options(int argc, char **argv, struct options *o)
                                           {"trim-after", required_argument, NULL, TRIM_AFTER},
                                           {"gpu-budget", required_argument, NULL, GPU_BUDGET},
                                           {"disk-budget", required_argument, NULL, DISK_BUDGET},
+                                          {"no-gpu-hash", no_argument, NULL, NO_GPU_HASH},
                                           {"private", required_argument, NULL, PRIVATE},
                                           {"worker", required_argument, NULL, WORKER},
                                           {"help", no_argument, NULL, HELP},
@@ -334,6 +338,7 @@ static int parse_options(int argc, char **argv, struct options *o)
         case RUNDIR: o->rundir = optarg; break;
         case DRIVER: o->driver = optarg; break;
         case SPOOL: o->spool = optarg; break;
+        case NO_GPU_HASH: o->no_gpu_hash = true; break;
         case PRIVATE: o->private_fd = atoi(optarg); break;
         case WORKER: /* by the keeper, after all other options */
             o->worker = sscanf(optarg, "%d,%d,%d", &o->keeper_fd, &o->listen_fd, &o->private_fd) == 3;
@@ -404,6 +409,8 @@ static int prepare(struct daemon *d, const struct options *o, struct bn_error *e
     d->env.guard = guard;
     if (r == 0 && bn_gpu_simulated(d->env.gpu))
         d->env.kill_at = secure_getenv("BENNUD_TEST_KILL");
+    for (unsigned g = 0; r == 0 && o->no_gpu_hash && g < bn_gpu_count(d->env.gpu); g++)
+        bn_gpu_hash_switch_off(d->env.gpu, g, "--no-gpu-hash");
     for (unsigned g = 0; r == 0 && o->private_fd < 0 && g < bn_gpu_count(d->env.gpu); g++)
         if ((r = bn_gpu_warm(d->env.gpu, g, err)) == 0)
             bn_gpu_hash_ready(d->env.gpu, g, NULL); /* without it the CPU hashes */

@@ -305,6 +305,20 @@ int bn_gpu_hash(struct bn_gpu *gpu, const struct bn_gpu_set *set, const struct b
     return r;
 }
 
+void bn_gpu_hash_switch_off(struct bn_gpu *gpu, unsigned dev, const char *text)
+{
+    struct bn_gpu_hashing *h = dev < gpu->count ? hashing_of(gpu, dev) : NULL;
+    if (!h || bn_gpu_enter(gpu, dev, STAGE, NULL) < 0)
+        return;
+    struct bn_error why = BN_ERROR_INIT;
+    bn_error_set(&why, ENOTSUP, STAGE, "%s", text);
+    pthread_mutex_lock(&h->lock);
+    if (!bn_error_is_set(&h->off))
+        switch_off(gpu, h, &why);
+    pthread_mutex_unlock(&h->lock);
+    bn_gpu_leave(gpu);
+}
+
 bool bn_gpu_hash_off(struct bn_gpu *gpu, unsigned dev, struct bn_error *why)
 {
     struct bn_gpu_hashing *h = dev < gpu->count ? hashing_of(gpu, dev) : NULL;

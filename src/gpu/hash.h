@@ -16,6 +16,9 @@
  * memory), a later call tries again. Keeps 2 MiB of the device's memory and as much of pinned host memory. */
 int bn_gpu_hash_ready(struct bn_gpu *gpu, unsigned dev, struct bn_error *err);
 
+/* Do not hash on this device from now on, for the reason `text` (at most BN_ERROR_TEXT_MAX bytes). */
+void bn_gpu_hash_switch_off(struct bn_gpu *gpu, unsigned dev, const char *text);
+
 /* Has the device been switched off for hashing? Then `why` (may be NULL) says what for. Tests nothing. */
 bool bn_gpu_hash_off(struct bn_gpu *gpu, unsigned dev, struct bn_error *why);
 

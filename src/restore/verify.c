@@ -19,7 +19,8 @@ static int tell(struct bn_gpu *gpu, const struct bn_manifest *m, struct bn_pack_
         err, EBADMSG, "verify",
         "chunk %u (process %d, segment %u at 0x%llx, byte %llu of it) is whole in the checkpoint, but not "
         "what "
-        "lies on GPU %u (%s) after loading: try again, and if it happens again suspect that GPU or its link",
+        "lies on GPU %u (%s) after loading: try again, and if it happens again suspect that GPU or its "
+        "link, or its hash: 'bennud --no-gpu-hash' does without",
         chunk, known ? o.process->pid : 0, known ? o.segment_index : 0,
         (unsigned long long)(known ? o.segment->va : 0), (unsigned long long)(known ? o.offset : 0),
         part->dev, bn_gpu_info(gpu, part->dev)->name);

@@ -69,8 +69,14 @@ class Hashes(Live):
         self.start_daemon(BENNU_SIM_HASH="later")
         program = self.cut()
         self.refused(1, "dump", program.pid, self.path("ck"),
-                     says=("arrived with other bytes than were hashed", "GPU 0 (Simulated GPU)"))
+                     says=("arrived with other bytes than were hashed", "GPU 0 (Simulated GPU)", "--no-gpu-hash"))
         self.no_checkpoint(self.path("ck"))
+        program.go_on()
+        self.assertEqual(self.stop_daemon(), 0)
+        self.start_daemon("--no-gpu-hash", BENNU_SIM_HASH="later")
+        answer = self.dump_json(program, "ck")
+        self.assertEqual(self.bytes_of(answer, "hash"), 0)
+        self.restore(program)
         program.go_on()
 
 
