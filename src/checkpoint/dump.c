@@ -84,12 +84,12 @@ static int start_writing(struct bn_quiesce *q, struct bn_error *err)
 {
     struct bn_dump *d = of(q);
     int r = bn_describe(q, &d->manifest, err);
+    if (r == 0 && !d->sparse) /* nobody knows yet how little it will be */
+        r = bn_store_check_space(d->dirfd, bn_manifest_bytes(d->manifest), err);
     /* Container runtimes name one directory again and again (a checkpoint that leaves the container running, one that was kept
      * after a restore), and CRIU writes over its files there: the checkpoint that was in it is lost anyway. */
     if (r == 0 && !d->ahead)
         r = bn_image_remove(d->dirfd, err);
-    if (r == 0 && !d->sparse) /* nobody knows yet how little it will be */
-        r = bn_store_check_space(d->dirfd, bn_manifest_bytes(d->manifest), err);
     if (r == 0 && !d->ahead)
         r = bn_record_image(q, d->dirfd, &d->record, err);
     if (r == 0)

@@ -146,6 +146,23 @@ int bn_image_remove(int dirfd, struct bn_error *err)
     return first;
 }
 
+/* Bytes that come free with the packs in the folder: a link elsewhere keeps them. */
+static uint64_t replaceable(int dirfd)
+{
+    uint64_t bytes = 0;
+    int fd = openat(dirfd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    bn_auto_dir DIR *dir = fd >= 0 ? fdopendir(fd) : NULL;
+    if (!dir)
+        bn_close(fd);
+    for (struct dirent *e; dir && (e = readdir(dir));) {
+        struct stat st;
+        if (bn_is_pack_name(e->d_name, NULL) && fstatat(dirfd, e->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
+            S_ISREG(st.st_mode) && st.st_nlink == 1)
+            bytes += (uint64_t)st.st_blocks * 512;
+    }
+    return bytes;
+}
+
 int bn_store_check_space(int dirfd, uint64_t bytes, struct bn_error *err)
 {
     struct statvfs fs;
@@ -155,7 +172,8 @@ int bn_store_check_space(int dirfd, uint64_t bytes, struct bn_error *err)
     if (fs.f_blocks == 0)
         return 0;
     uint64_t blocks = geteuid() == 0 ? fs.f_bfree : fs.f_bavail, available;
-    if (__builtin_mul_overflow(blocks, (uint64_t)fs.f_frsize, &available) || available >= bytes)
+    if (__builtin_mul_overflow(blocks, (uint64_t)fs.f_frsize, &available) || available >= bytes ||
+        available + replaceable(dirfd) >= bytes)
         return 0;
     return bn_error_set(
         err, ENOSPC, "store",

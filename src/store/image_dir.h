@@ -34,5 +34,5 @@ int bn_image_remove(int dirfd, struct bn_error *err);
 /* Has CRIU finished its half (inventory.img is there and not empty)? 0 or 1, or a negative errno. */
 int bn_image_has_criu(int dirfd);
 
-/* Room for `bytes` more? -ENOSPC with what is free and what is needed. A file system that does not know (0 blocks) passes. */
+/* Room for `bytes` more, in place of the packs that are in the folder? -ENOSPC with what is free and what is needed. A file system that does not know (0 blocks) passes. */
 int bn_store_check_space(int dirfd, uint64_t bytes, struct bn_error *err);

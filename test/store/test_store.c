@@ -462,12 +462,20 @@ static void test_full(void **state)
     struct bn_error unsaved = BN_ERROR_INIT;
     int saved = bn_image_save(fd, empty, &unsaved), present = bn_image_present(fd);
     int left_over = faccessat(fd, "." BN_MANIFEST_NAME ".tmp", F_OK, 0);
+    int full = bn_store_check_space(fd, 4u << 20, NULL);
+    renameat(fd, "fill", fd, "bennu-pack-0.img");
+    int replacing = bn_store_check_space(fd, 4u << 20, NULL);
+    linkat(fd, "bennu-pack-0.img", fd, "of-another", 0);
+    int shared = bn_store_check_space(fd, 4u << 20, NULL);
     close(fd);
     assert_int_equal(umount(small), 0);
     assert_int_equal(saved, -ENOSPC);
     assert_says(&unsaved, ENOSPC, "cannot write bennu-manifest.img: No space left on device: make room");
     assert_int_equal(present, 0);
     assert_int_equal(left_over, -1);
+    assert_int_equal(full, -ENOSPC);
+    assert_int_equal(replacing, 0); /* the packs that are there make room */
+    assert_int_equal(shared, -ENOSPC);
     assert_int_equal(r, -ENOSPC);
     assert_int_equal(i, 5); /* chunks 1 and 2 fit, 0 and 3 are zero, 4 does not */
     assert_says(&err, ENOSPC, "cannot write bennu-pack-0.img: No space left on device");
