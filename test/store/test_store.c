@@ -465,7 +465,7 @@ static void test_full(void **state)
     int full = bn_store_check_space(fd, 4u << 20, NULL);
     renameat(fd, "fill", fd, "bennu-pack-0.img");
     int replacing = bn_store_check_space(fd, 4u << 20, NULL);
-    linkat(fd, "bennu-pack-0.img", fd, "of-another", 0);
+    int linked = linkat(fd, "bennu-pack-0.img", fd, "of-another", 0);
     int shared = bn_store_check_space(fd, 4u << 20, NULL);
     close(fd);
     assert_int_equal(umount(small), 0);
@@ -475,6 +475,7 @@ static void test_full(void **state)
     assert_int_equal(left_over, -1);
     assert_int_equal(full, -ENOSPC);
     assert_int_equal(replacing, 0); /* the packs that are there make room */
+    assert_int_equal(linked, 0);
     assert_int_equal(shared, -ENOSPC);
     assert_int_equal(r, -ENOSPC);
     assert_int_equal(i, 5); /* chunks 1 and 2 fit, 0 and 3 are zero, 4 does not */
