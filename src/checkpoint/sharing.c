@@ -107,8 +107,7 @@ static int check_pair(const struct bn_target *t, const struct given *g, const st
                  : "uses CUDA without 'bennu run', so that nobody can tell whether it has it");
 }
 
-static int check_target(struct bn_gpu *gpu, const struct bn_target *t, const struct given *g,
-                        const pid_t *outside, size_t n, struct bn_error *err)
+static int check_elsewhere(const struct bn_target *t, const struct given *g, struct bn_error *err)
 {
     if (g->counts.elsewhere)
         return bn_error_set(
@@ -117,23 +116,61 @@ static int check_target(struct bn_gpu *gpu, const struct bn_target *t, const str
             "(fabric handles), which would keep the old memory: turn GPUDirect RDMA off in the "
             "program (for NCCL: NCCL_NET_GDR_LEVEL=LOC, NCCL_MNNVL_ENABLE=0)",
             t->pid, t->comm);
-    /* Who has something for sure, or is known to have imported, is named before one of whom nothing is known. */
+    return 0;
+}
+
+/* Who has something for sure, or is known to have imported, is named before one of whom nothing is known. */
+static int check_target(const struct bn_target *t, const struct given *g, const struct outsider *o, size_t n,
+                        struct bn_error *err)
+{
     for (int agents = 1; agents >= 0; agents--)
         for (size_t i = 0; i < n; i++) {
-            struct outsider o;
-            int r = examine(gpu, outside[i], &o) && o.agent == agents ? check_pair(t, g, &o, err) : 0;
+            int r = o[i].agent == agents ? check_pair(t, g, &o[i], err) : 0;
             if (r < 0)
                 return r;
         }
     return 0;
 }
 
+/* Those of pids[n] that may have something, in *out, malloced. */
+static int examine_all(struct bn_gpu *gpu, const pid_t *pids, size_t n, struct outsider **out, size_t *nout)
+{
+    bn_auto_free struct outsider *list = NULL;
+    size_t have = 0;
+    for (size_t i = 0; i < n; i++) {
+        struct outsider o;
+        if (!examine(gpu, pids[i], &o))
+            continue;
+        struct outsider *more = reallocarray(list, have + 1, sizeof(*list));
+        if (!more)
+            return -ENOMEM;
+        list = more;
+        list[have++] = o;
+    }
+    *out = BN_TAKE_PTR(list);
+    *nout = have;
+    return 0;
+}
+
+/* Each process outside is looked at once, however many targets have given something: their gates may be closed meanwhile. */
 int bn_sharing_check_with(struct bn_gpu *gpu, const struct bn_targets *targets, const pid_t *outside,
                           size_t n, struct bn_error *err)
 {
+    bn_auto_free struct outsider *others = NULL;
+    size_t nothers = 0;
+    bool examined = false;
     for (size_t i = 0; i < targets->n; i++) {
         struct given g;
-        int r = find_given(&targets->v[i], &g) ? check_target(gpu, &targets->v[i], &g, outside, n, err) : 0;
+        if (!find_given(&targets->v[i], &g))
+            continue;
+        int r = check_elsewhere(&targets->v[i], &g, err);
+        if (r < 0)
+            return r;
+        if (!examined && (r = examine_all(gpu, outside, n, &others, &nothers)) < 0)
+            return bn_error_set(err, r, "check", "cannot look for users of shared GPU memory: %s",
+                                strerror(-r));
+        examined = true;
+        r = check_target(&targets->v[i], &g, others, nothers, err);
         if (r < 0)
             return r;
     }

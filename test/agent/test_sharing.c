@@ -7,6 +7,7 @@
 #include <errno.h>
 
 static struct bn_gpu *gpu;
+static const char *fail_file;
 
 struct people {
     struct child owner, user, stranger; /* with an agent, with one, without */
@@ -150,6 +151,29 @@ static void test_vmm(void **state)
     end_all(&p);
 }
 
+static void faults(const char *rules)
+{
+    FILE *f = fopen(fail_file, "w");
+    assert_non_null(f);
+    assert_true(fputs(rules, f) >= 0);
+    assert_int_equal(fclose(f), 0);
+}
+
+/* Gates may be closed meanwhile: a process outside is looked at once. The first question to the driver is about the owner, the
+ * second about the stranger; after a third, which says that it does not use CUDA, it would pass. */
+static void test_looked_at_once(void **state)
+{
+    (void)state;
+    struct people p;
+    start_all(&p);
+    child_do(&p.owner, "export 1");
+    faults("cuCheckpointProcessGetState:3+=3");
+    refused(&p.owner, &p.stranger, "bennu run");
+    faults("");
+    child_do(&p.owner, "free 1");
+    end_all(&p);
+}
+
 /* More owners than there are entries: not named, but counted. */
 static void test_many_owners(void **state)
 {
@@ -178,17 +202,26 @@ static void test_many_owners(void **state)
 int main(void)
 {
     struct bn_error err = BN_ERROR_INIT;
+    char path[] = "/tmp/bennu-agent-test-XXXXXX";
+    int fd = mkstemp(path);
+    if (fd < 0)
+        return 1;
+    close(fd);
+    fail_file = path;
+    setenv("BENNU_SIM_FAIL_FILE", path, 1);
     signal(SIGPIPE, SIG_IGN);
     if (bn_gpu_open(need_env("BENNU_DRIVER"), &gpu, &err) < 0) {
         fprintf(stderr, "%s\n", err.text);
+        unlink(path);
         return 1;
     }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_nothing_shared), cmocka_unit_test(test_ipc),
         cmocka_unit_test(test_native_ipc),     cmocka_unit_test(test_vmm),
-        cmocka_unit_test(test_many_owners),
+        cmocka_unit_test(test_looked_at_once), cmocka_unit_test(test_many_owners),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     bn_gpu_close(gpu);
+    unlink(path);
     return failed;
 }
