@@ -322,8 +322,10 @@ static int rewrite(const struct use *u, size_t n, const struct piece *pieces, si
     for (; r == 0 && moved < n; moved++)
         r = move_image(&u[moved], fd, moved ? free_number(u[moved].entry) : number,
                        moved == 0 || n_pieces == 0, bytes, pieces, n_pieces, err);
-    if (r < 0 && n_pieces > 0 && moved <= 1 && !bn_manifest_find_pack(u->entry->m, number))
-        bn_pack_file_unlink(u->entry->fd, number); /* nobody went over to it */
+    /* Nobody went over to it. Unless the manifest was replaced and only the sync behind it failed: then it names this pack. */
+    if (r < 0 && n_pieces > 0 && moved <= 1 && !bn_manifest_find_pack(u->entry->m, number) &&
+        is_unchanged(u->entry))
+        bn_pack_file_unlink(u->entry->fd, number);
     moved -= r < 0 && moved > 0;
     for (size_t i = 0; i < moved; i++) /* the old ones, last of all */
         bn_pack_file_unlink(u[i].entry->fd, u[i].pack);

@@ -10,6 +10,7 @@
 #include <pthread.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/vfs.h>
 
@@ -187,11 +188,14 @@ void bn_disk_reserve(struct bn_disk_file *f, uint64_t bytes)
 
 int bn_disk_trim(struct bn_disk_file *f, uint64_t bytes)
 {
-    if (f->reserved == UINT64_MAX || f->reserved <= bytes)
+    /* Not only if something was got: what fails half-way may leave the file longer (ext4 that is full does). */
+    struct stat st;
+    if (f->direct < 0)
         return 0;
-    if (ftruncate(f->fd, (off_t)bytes) < 0)
+    if (fstat(f->fd, &st) < 0 || ((uint64_t)st.st_size > bytes && ftruncate(f->fd, (off_t)bytes) < 0))
         return -errno;
-    f->reserved = bytes;
+    if (f->reserved != UINT64_MAX && f->reserved > bytes)
+        f->reserved = bytes;
     return 0;
 }
 

@@ -318,6 +318,48 @@ static void test_reserve(void **state)
     }
 }
 
+/* As ext4 does it when it is full: of what cannot be had it takes what there is, and leaves the file that much longer. Linked
+ * with --wrap; fallocate64 is what fallocate is called with 64-bit offsets. */
+static bool full;
+static unsigned refused;
+int __real_fallocate64(int fd, int mode, off_t offset, off_t bytes);
+int __wrap_fallocate64(int fd, int mode, off_t offset, off_t bytes);
+int __wrap_fallocate64(int fd, int mode, off_t offset, off_t bytes)
+{
+    const off_t there = 8 << 20;
+    if (!full || offset + bytes <= there)
+        return __real_fallocate64(fd, mode, offset, bytes);
+    assert_int_equal(ftruncate(fd, there), 0);
+    refused++;
+    errno = ENOSPC;
+    return -1;
+}
+
+static void test_reserve_when_full(void **state)
+{
+    (void)state;
+    struct bn_disk *d = bn_disk_new(0);
+    int fd = new_file(0);
+    struct bn_disk_file f;
+    struct stat st;
+    uint8_t *data = buffer(TOTAL);
+    struct bn_disk_piece p[PIECES];
+    bn_disk_file_open(d, fd, true, &f);
+    full = true;
+    bn_disk_reserve(&f, TOTAL); /* of a whole step there is only a part; this much is there */
+    pieces_of(p, &f, data);
+    assert_int_equal(bn_disk_write(d, p, PIECES), 0);
+    assert_int_equal(bn_disk_trim(&f, TOTAL), 0);
+    full = false;
+    assert_true(refused > 0 || f.direct < 0);
+    assert_int_equal(fstat(fd, &st), 0);
+    assert_int_equal(st.st_size, TOTAL);
+    bn_disk_file_close(&f);
+    close(fd);
+    free(data);
+    bn_disk_free(d);
+}
+
 /* ---- in a child: what the kernel refuses ---- */
 
 static void in_child(void (*fn)(void *), void *arg)
@@ -687,11 +729,17 @@ static void test_full(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_every_way),  cmocka_unit_test(test_unaligned),
-        cmocka_unit_test(test_page_cache), cmocka_unit_test(test_file_ends),
-        cmocka_unit_test(test_errors),     cmocka_unit_test(test_reserve),
-        cmocka_unit_test(test_refused),    cmocka_unit_test(test_threads),
-        cmocka_unit_test(test_packs),      cmocka_unit_test(test_damaged_packs),
+        cmocka_unit_test(test_every_way),
+        cmocka_unit_test(test_unaligned),
+        cmocka_unit_test(test_page_cache),
+        cmocka_unit_test(test_file_ends),
+        cmocka_unit_test(test_errors),
+        cmocka_unit_test(test_reserve),
+        cmocka_unit_test(test_reserve_when_full),
+        cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_packs),
+        cmocka_unit_test(test_damaged_packs),
         cmocka_unit_test(test_full),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
