@@ -16,16 +16,13 @@
 #define DEPTH_MAX 8
 #define NAMES_MAX 1000u /* checkpoints of one name that were being removed when that was killed */
 #define MANIFEST_TMP "." BN_MANIFEST_NAME ".tmp"
+#define RECORDS "bennu-*.json"
+#define RECORD_TMP ".bennu-command.json.tmp"
 
 bool bn_is_image_file_name(const char *name)
 {
-    static const char *const patterns[] = {"*.img",
-                                           "*.log",
-                                           "stats-dump",
-                                           "stats-restore",
-                                           "bennu-*.json",
-                                           MANIFEST_TMP,
-                                           ".bennu-command.json.tmp"};
+    static const char *const patterns[] = {"*.img", "*.log",      "stats-dump", "stats-restore",
+                                           RECORDS, MANIFEST_TMP, RECORD_TMP};
     for (size_t i = 0; i < BN_ARRAY_SIZE(patterns); i++)
         if (fnmatch(patterns[i], name, FNM_PERIOD) == 0)
             return true;
@@ -40,7 +37,7 @@ static bool is_removed(const char *name)
 }
 
 struct content {
-    bool packs, others; /* packs or half a manifest; other files of a checkpoint */
+    bool packs, record; /* packs or half a manifest; what the command bennu wrote before anything else */
 };
 
 static int look(struct bn_entry *e, struct content *c)
@@ -57,8 +54,8 @@ static int look(struct bn_entry *e, struct content *c)
                 *(st.st_nlink > 1 ? &e->shared : &e->own) += (uint64_t)st.st_size;
         } else if (strcmp(d->d_name, MANIFEST_TMP) == 0)
             c->packs = true;
-        else if (bn_is_image_file_name(d->d_name))
-            c->others = true;
+        else if (fnmatch(RECORDS, d->d_name, FNM_PERIOD) == 0 || strcmp(d->d_name, RECORD_TMP) == 0)
+            c->record = true;
     }
     return 0;
 }
@@ -66,7 +63,8 @@ static int look(struct bn_entry *e, struct content *c)
 /* What a folder without a manifest is. False: no checkpoint. */
 static bool judge(struct bn_entry *e, const struct content *c)
 {
-    if (!c->packs && !c->others)
+    /* Files of CRIU's alone tell nothing before its inventory is there: others name theirs *.img and *.log, too. */
+    if (!c->packs && !c->record && bn_image_has_criu(e->fd) != 1)
         return false;
     /* Only tried where something lies that nobody will want: a dump that just begins must not find its folder locked. */
     int lock = bn_image_lock(e->fd, true, NULL);

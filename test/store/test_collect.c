@@ -342,7 +342,13 @@ static void test_catalog(void **state)
     make_store(f);
     struct bn_error err = BN_ERROR_INIT;
     struct bn_catalog c;
-    struct folder not_ours = below(f, "not-ours"), criu = below(f, "criu");
+    struct folder not_ours = below(f, "not-ours"), criu = below(f, "criu"), disks = below(f, "disks"),
+                  begun = below(f, "begun");
+    /* No checkpoint, whatever the names; and one of which the record of the command is all. */
+    close(openat(disks.fd, "disk.img", O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
+    close(openat(disks.fd, "disk.log", O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
+    close(openat(begun.fd, "bennu-command.json", O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
+    close(openat(begun.fd, "dump.log", O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
     close(openat(not_ours.fd, "notes.txt", O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
     assert_int_equal(symlinkat("second", f->fd, "link"), 0);
     int fd = openat(criu.fd, "inventory.img", O_CREAT | O_WRONLY | O_CLOEXEC, 0600);
@@ -354,17 +360,19 @@ static void test_catalog(void **state)
     close(fd);
     bn_catalog_read(f->fd, &c, &err);
     no_error(&err);
-    assert_int_equal(c.n, 4);
+    assert_int_equal(c.n, 5);
     assert_string_equal(c.entries[0].name, "second");
     assert_int_equal(c.entries[0].state, BN_ENTRY_COMPLETE);
     assert_int_equal(c.entries[0].own, 3 * CHUNK); /* its own, and the second pack of the one that is gone */
     assert_int_equal(c.entries[0].shared, 8 * CHUNK);
-    assert_string_equal(c.entries[1].name, "criu");
-    assert_int_equal(c.entries[1].state, BN_ENTRY_CRIU);
-    assert_string_equal(c.entries[2].name, "third");
-    assert_int_equal(c.entries[2].state, BN_ENTRY_DAMAGED);
-    assert_string_equal(c.entries[3].name, "torn");
-    assert_int_equal(c.entries[3].state, BN_ENTRY_INCOMPLETE);
+    assert_string_equal(c.entries[1].name, "begun");
+    assert_int_equal(c.entries[1].state, BN_ENTRY_INCOMPLETE);
+    assert_string_equal(c.entries[2].name, "criu");
+    assert_int_equal(c.entries[2].state, BN_ENTRY_CRIU);
+    assert_string_equal(c.entries[3].name, "third");
+    assert_int_equal(c.entries[3].state, BN_ENTRY_DAMAGED);
+    assert_string_equal(c.entries[4].name, "torn");
+    assert_int_equal(c.entries[4].state, BN_ENTRY_INCOMPLETE);
     bn_catalog_free(&c);
     assert_int_equal(bn_catalog_read_one(f->fd, "../x", &c, NULL), -EINVAL);
     assert_int_equal(bn_catalog_read_one(f->fd, "nothing", &c, NULL), -ENOENT);
@@ -372,11 +380,15 @@ static void test_catalog(void **state)
     assert_int_equal(bn_catalog_read_one(f->fd, "link", &c, NULL), -EINVAL);
     struct bn_collected done;
     assert_int_equal(bn_collect(f->fd, note, NULL, &done, &err), 0);
-    assert_int_equal(done.folders, 1);
+    assert_int_equal(done.folders, 2);
+    assert_true(exists(&disks, "disk.img"));
+    assert_int_equal(bn_catalog_read_one(f->fd, "disks", &c, NULL), -EINVAL);
     assert_true(exists(&criu, "inventory.img"));
     assert_true(exists(&not_ours, "notes.txt"));
     bn_close(third.fd);
     bn_close(criu.fd);
+    bn_close(disks.fd);
+    bn_close(begun.fd);
     bn_close(not_ours.fd);
 }
 
