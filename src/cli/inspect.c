@@ -240,6 +240,12 @@ static int inspect(int argc, char **argv)
         bn_error_set(&err, errno, "directory", "cannot open the checkpoint %s: %m", argv[0]);
         return cli_fail(code, &err, json);
     }
+    struct bn_error busy = BN_ERROR_INIT; /* without locks it goes as well */
+    bn_auto_fd lock = bn_image_lock(dir, false, &busy);
+    if (lock == -EBUSY) {
+        bn_error_set(&err, EBUSY, busy.stage, "%s: %s", argv[0], busy.text);
+        return cli_fail(CLI_FAILED, &err, json);
+    }
     int r = bn_image_load(dir, &m, &err);
     if (r == -ENOENT)
         return cli_fail(explain(argv[0], dir, &err), &err, json);

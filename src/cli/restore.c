@@ -32,7 +32,7 @@ static const struct cli_option options[] = {
 
 struct restore {
     const char *path;
-    int dir;
+    int dir, lock;
     bool have_record;
     struct cli_record record;
     struct bn_manifest *manifest;
@@ -49,6 +49,11 @@ static int open_image(struct restore *r, struct bn_error *err)
     r->dir = open(r->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (r->dir < 0)
         return bn_error_set(err, errno, "directory", "cannot open the checkpoint %s: %m", r->path);
+    /* Until CRIU and the daemon have read it; without locks it goes as well. */
+    struct bn_error busy = BN_ERROR_INIT;
+    r->lock = bn_image_lock(r->dir, false, &busy);
+    if (r->lock == -EBUSY)
+        return bn_error_set(err, EBUSY, busy.stage, "%s: %s", r->path, busy.text);
     return 0;
 }
 
@@ -398,7 +403,7 @@ static int prepare(struct restore *r, int *sock, struct bn_error *err)
 static int restore(int argc, char **argv)
 {
     struct bn_error err = BN_ERROR_INIT;
-    struct restore r = {.path = argv[0], .dir = -1, .work = -1};
+    struct restore r = {.path = argv[0], .dir = -1, .lock = -1, .work = -1};
     bn_auto_fd sock = -1;
     pid_t pid = -1;
     if (cli_trace_open("restore", &err) < 0)
@@ -409,6 +414,7 @@ static int restore(int argc, char **argv)
         code = pid > 0 ? CLI_OK : r.signal ? 128 + r.signal : cli_daemon_exit_code(&err);
         remove_work(&r, pid <= 0 && !r.signal);
     }
+    r.lock = bn_close(r.lock);
     code = cli_trace_end(code, &err);
     sigset_t held = {0};
     if (pid > 0) {

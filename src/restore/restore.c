@@ -10,6 +10,7 @@
 #include "store/image_dir.h"
 #include "store/pack.h"
 
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -164,6 +165,11 @@ static int check_driver(const struct bn_restore *r, struct bn_error *err)
 
 static int begin(struct bn_restore *r, int dirfd, struct bn_error *err)
 {
+    /* Until the packs are open: nobody writes them anew between the manifest and them. Without locks it goes as well. */
+    struct bn_error busy = BN_ERROR_INIT;
+    bn_auto_fd lock = bn_image_lock(dirfd, false, &busy);
+    if (lock == -EBUSY)
+        return bn_error_set(err, EBUSY, busy.stage, "%s", busy.text);
     int rc = bn_image_load(dirfd, &r->manifest, err);
     if (rc == 0)
         rc = check_driver(r, err);

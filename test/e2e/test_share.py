@@ -1,5 +1,6 @@
 """Checkpoints that share bytes: bennu dump --parent."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -159,6 +160,20 @@ class Store(Case):
         program.kill()
         program.will_go_back()
         self.restore(program, self.path("store/two"))
+        program.go_on()
+
+    def test_what_is_rewritten_is_not_read(self):
+        program = self.make()
+        program.kill()
+        image = self.path("store/two")
+        folder = os.open(image, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        for command in ("restore", "inspect"):
+            self.refused(1, command, image, says=("store/two", "is being removed or rewritten: try again later"))
+        os.close(folder)
+        self.ok("inspect", image)
+        program.will_go_back()
+        self.restore(program, image)
         program.go_on()
 
     def test_verify_names_the_damage(self):
