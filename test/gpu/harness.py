@@ -70,6 +70,7 @@ class Program:
     def __init__(self, suite, name, pid, log, popen=None):
         self.suite, self.name, self.pid, self.log, self.popen = suite, name, pid, log, popen
         self.status = None
+        self.since = 0  # where in its log the present life began, once it was restored from an older moment
 
     def poll(self):
         """The exit status as a shell would say it, or None while it runs."""
@@ -90,7 +91,7 @@ class Program:
         return self.status
 
     def text(self):
-        return self.log.read_text(errors="replace")
+        return self.log.read_bytes()[self.since:].decode(errors="replace")
 
     def wait_for(self, condition, what, seconds=120):
         """Until condition(text of the log) is true. Fails when the program ends before that."""
@@ -180,6 +181,7 @@ class Suite:
         e = {k: v for k, v in os.environ.items() if not k.startswith("BENNU_") and k != "LD_PRELOAD"}
         if self.sim:
             e["BENNU_DRIVER"] = str(self.bin / "sim/libcuda.so.1")
+            e.update(BENNU_SIM_MACHINE=f"gpu-tests{os.getpid()}", BENNU_SIM_MEMORY="1G")
             if not agent:
                 e["LD_LIBRARY_PATH"] = str(self.bin / "sim")
         if agent:
@@ -286,7 +288,9 @@ class Suite:
         if agent:
             e["BENNU_AGENT"] = str(self.agent)
             e.pop("LD_LIBRARY_PATH", None) if self.sim else None
-        with open(log, "wb") as out:
+        log.unlink(missing_ok=True)
+        # To append: of such a file CRIU does not ask that it is as long as it was, so that older checkpoints can be restored.
+        with open(log, "ab") as out:
             p = subprocess.Popen([str(a) for a in run], env=e, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                                  start_new_session=True)
         program = Program(self, name, p.pid, log, p)
@@ -354,6 +358,7 @@ class Suite:
         size = sum(f.stat().st_size for f in folder.iterdir())
         if (folder / "dump.log").exists():
             shutil.copy(folder / "dump.log", self.details / f"{what.replace('/', '-')}-dump.log")
+        self.last_dump = answer
         self.phases(f"{what}/dump", answer)
         self.row(f"{what}/gpu_bytes", answer.get("gpu_bytes", 0), "bytes")
         self.row(f"{what}/image_bytes", size, "bytes", better="lower")
@@ -367,18 +372,24 @@ class Suite:
             raise Failed(f"bennu restore of {program.name}: status {code}: {answer.get('error', answer)}")
         self.phases(f"{what}/restore", answer)
 
-    def suspend_resume(self, program, what, progress, timeout=120):
-        """Suspends, sees that it stands still and that GPU memory is free, resumes. progress(): a number that grows."""
+    def restore_older(self, program, folder, what):
+        """Ends a program that runs, and restores it as it was in a checkpoint that it was left running after."""
+        program.kill()
+        program.since = program.log.stat().st_size
+        self.restore(program, folder, what)
+
+    def suspend_resume(self, program, what, progress, *options, frees=True, timeout=120):
+        """Suspends, sees that it stands still and (frees) that GPU memory is free, resumes. progress(): a number that grows."""
         self.need_daemon()
         before = self.gpu_used()
-        code, answer = self.bennu_json(["suspend", "--json", program.pid], timeout)
+        code, answer = self.bennu_json(["suspend", "--json", *options, program.pid], timeout)
         if code != 0:
             self.explain_failure(program)
             raise Failed(f"bennu suspend of {program.name}: status {code}: {answer.get('error', answer)}")
         self.phases(f"{what}/suspend", answer)
         used = self.gpu_used()
         self.say(f"GPU memory in use: {before} before, {used} while suspended (MiB)")
-        if before is not None:
+        if before is not None and frees:
             if used >= before:
                 raise Failed(f"no GPU memory is free that was not before: {before} and {used} MiB in use")
             self.row(f"{what}/gpu_used_while_suspended", used * 2**20, "bytes", better="lower")
@@ -531,6 +542,7 @@ class Suite:
         if self.mounted:
             subprocess.run(["umount", "-l", self.mounted], capture_output=True)
         shutil.rmtree(self.work, ignore_errors=True)
+        pathlib.Path(f"/dev/shm/cuda-sim.gpu-tests{os.getpid()}").unlink(missing_ok=True)
         if not self.args.out:
             self.say(f"results: {self.out}")
         self.logfile.close()
