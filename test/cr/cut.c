@@ -10,7 +10,7 @@
  *
  * Beside the hot chunks there are cold ones, which are never written again; as many that are all alike; as many zeros; and a block
  * that is freed and made anew, with other content, in every round. --plain leaves out what is alike or zero. --gaps also prints
- * "gap SECONDS" with each round, its longest call of the driver. SIGUSR1 makes it rest until SIGUSR2.
+ * "gap SECONDS" with each round, its longest call of the driver. SIGUSR1 makes it rest, outside of the driver, until SIGUSR2.
  */
 #include <errno.h>
 #include <getopt.h>
@@ -34,7 +34,8 @@ static CUdeviceptr hot_at[CHUNKS_MAX], cold_at[CHUNKS_MAX], same_at[CHUNKS_MAX],
     errors;
 static uint64_t last[CHUNKS_MAX]; /* each hot chunk: the step that wrote it */
 static CUfunction k_fill, k_check;
-static sigset_t rest;
+static volatile sig_atomic_t resting;
+static sigset_t awake; /* the signals that come while it rests */
 
 static double now(void)
 {
@@ -145,12 +146,13 @@ static void set_up(void)
 static void on_rest(int sig)
 {
     (void)sig;
-    sigsuspend(&rest);
+    resting = 1;
 }
 
 static void on_go(int sig)
 {
     (void)sig;
+    resting = 0;
 }
 
 int main(int argc, char **argv)
@@ -171,19 +173,20 @@ int main(int argc, char **argv)
     if (hot == 0 || hot > CHUNKS_MAX || cold > CHUNKS_MAX)
         return 2;
     setvbuf(stdout, NULL, _IOLBF, 0);
-    sigfillset(&rest);
-    sigdelset(&rest, SIGUSR2);
-    sigdelset(&rest, SIGTERM);
-    struct sigaction act = {.sa_handler = on_rest, .sa_flags = SA_RESTART};
-    sigaddset(&act.sa_mask, SIGUSR2);
-    sigaction(SIGUSR1, &act, NULL);
-    sigaction(SIGUSR2, &(struct sigaction){.sa_handler = on_go, .sa_flags = SA_RESTART}, NULL);
+    sigset_t go;
+    sigemptyset(&go);
+    sigaddset(&go, SIGUSR2);
+    sigprocmask(SIG_BLOCK, &go, &awake); /* it comes in a rest, not before one */
+    sigaction(SIGUSR1, &(struct sigaction){.sa_handler = on_rest, .sa_flags = SA_RESTART}, NULL);
+    sigaction(SIGUSR2, &(struct sigaction){.sa_handler = on_go}, NULL);
     set_up();
     for (uint64_t step = 1, round = 0;; step++) {
         unsigned i = (unsigned)(cr_mix(step) % hot);
         fill(hot_at[i], WORDS, step);
         last[i] = step;
         nanosleep(&(struct timespec){.tv_nsec = (long)pause_ms * 1000000}, NULL);
+        while (resting)
+            sigsuspend(&awake);
         if (step % ROUND)
             continue;
         verify(step, round);
