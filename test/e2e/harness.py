@@ -359,6 +359,8 @@ class Case(unittest.TestCase):
         for done in self.commands:
             for log in re.findall(r"CRIU's log: (/tmp/bennu-restore[^/]*)/", done.stderr):
                 shutil.rmtree(log, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink("/dev/shm/cuda-sim." + self.machine)  # the simulated driver's; no process of the machine is left
         shutil.rmtree(self.dir, ignore_errors=True)
 
 
@@ -366,5 +368,8 @@ def main():
     if os.geteuid() != 0:
         print("these tests need root", file=sys.stderr)
         sys.exit(77)
+    for sig in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
+        if signal.getsignal(sig) == signal.SIG_IGN:  # by nohup, or a shell that runs us in the background
+            signal.signal(sig, signal.SIG_DFL)
     become_subreaper()
     unittest.main(verbosity=2)
