@@ -230,6 +230,66 @@ SIM_FN(cuCtxDestroy, 0, (CUcontext handle), (handle))
 }
 SIM_ALIAS(cuCtxDestroy_v2, cuCtxDestroy);
 
+/* ---- Green contexts: they share the primary context's memory, and keep it ---- */
+
+SIM_FN(cuGreenCtxCreate, 0, (CUgreenCtx * out, CUdevResourceDesc desc, CUdevice dev, unsigned flags),
+       (out, desc, dev, flags))
+{
+    CUcontext primary_handle;
+
+    if (!out)
+        return CUDA_ERROR_INVALID_VALUE;
+    CUresult rc = body_cuDevicePrimaryCtxRetain(&primary_handle, dev);
+
+    if (rc != CUDA_SUCCESS)
+        return rc;
+    SIM_LOCKED();
+    struct sim_ctx *ctx = ctx_new(dev, flags, false);
+
+    if (!ctx) {
+        primary[dev].retained--;
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    }
+    ctx->home = (struct sim_ctx *)primary_handle;
+    *out = (CUgreenCtx)ctx;
+    return CUDA_SUCCESS;
+}
+
+SIM_FN(cuCtxFromGreenCtx, 0, (CUcontext * out, CUgreenCtx green), (out, green))
+{
+    struct sim_ctx *ctx;
+
+    if (!out)
+        return CUDA_ERROR_INVALID_VALUE;
+    SIM_LOCKED();
+    CUresult rc = ctx_check((CUcontext)green, &ctx);
+
+    if (rc == CUDA_SUCCESS)
+        *out = (CUcontext)ctx;
+    return rc;
+}
+
+SIM_FN(cuGreenCtxDestroy, 0, (CUgreenCtx green), (green))
+{
+    struct sim_ctx *ctx;
+    int dev;
+
+    {
+        SIM_LOCKED();
+        CUresult rc = ctx_check((CUcontext)green, &ctx);
+
+        if (rc != CUDA_SUCCESS)
+            return rc;
+        stream_wait_ctx(ctx);
+        stream_close_ctx(ctx);
+        ctx->alive = false;
+        dev = ctx->ordinal;
+    }
+    return body_cuDevicePrimaryCtxRelease(dev);
+}
+
+/* ---- Which is current ---- */
+
 SIM_FN(cuCtxPushCurrent, 0, (CUcontext handle), (handle))
 {
     struct sim_ctx *ctx;

@@ -288,6 +288,8 @@ CUresult native_alloc(struct sim_ctx *ctx, uint64_t size, enum alloc_kind kind, 
     uint64_t start;
     CUresult rc;
 
+    if (ctx->home)
+        ctx = ctx->home;
     if (size > sim.memory)
         return CUDA_ERROR_OUT_OF_MEMORY;
     if (small) {

@@ -106,6 +106,7 @@ struct sim_ctx {
     struct sim_ctx *next;
     int ordinal;
     bool primary, alive;
+    struct sim_ctx *home; /* of a green context: the primary one, whose memory it uses */
     unsigned flags;
     uint64_t id;
     uint32_t peers; /* mask of ordinals that cuCtxEnablePeerAccess was called for */

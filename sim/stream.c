@@ -196,8 +196,9 @@ void stream_wait(struct sim_stream *stream, uint64_t seq)
 
 void stream_wait_ctx(struct sim_ctx *ctx)
 {
+    /* Waiting for a primary context is waiting for its green ones. */
     for (struct sim_stream *s = sim.streams; s; s = s->next)
-        if (s->ctx == ctx)
+        if (s->ctx == ctx || s->ctx->home == ctx)
             stream_wait(s, s->queued);
 }
 

@@ -154,6 +154,7 @@ static CUresult try_convert(size_t bytes, CUdeviceptr *out)
         return CUDA_ERROR_UNKNOWN;
     if (bn_load(&bn_track.devices[dev].reset) && is_dead(ctx, dev))
         return CUDA_ERROR_UNKNOWN;
+    ctx = bn_ctx_of_memory(ctx, dev);
     if (bn_capture_any()) {
         CUresult r = bn_capture_probe();
         if (r != CUDA_SUCCESS)
@@ -170,8 +171,10 @@ static void note_native(CUdeviceptr p, size_t bytes, bool managed)
     if (!bn_agent_converting())
         return;
     CUcontext ctx = NULL;
-    if (bn_real.cuCtxGetCurrent(&ctx) != CUDA_SUCCESS)
+    CUdevice dev;
+    if (bn_real.cuCtxGetCurrent(&ctx) != CUDA_SUCCESS || bn_real.cuCtxGetDevice(&dev) != CUDA_SUCCESS)
         return;
+    ctx = bn_ctx_of_memory(ctx, dev);
     BN_LOCKED();
     if (bn_tree_find(&bn_track.allocs, p))
         return;

@@ -9,6 +9,8 @@ static void created(CUresult r, CUcontext *ctx, CUdevice dev, enum bn_ctx_kind k
 {
     if (r != CUDA_SUCCESS || !ctx || !*ctx)
         return;
+    if (kind == BN_CTX_GREEN)
+        bn_store(&bn_track.green, true);
     BN_LOCKED();
     bn_ctx_add_locked(*ctx, dev, kind, green);
 }
@@ -161,18 +163,48 @@ CUresult bn_wrap_cuGreenCtxCreate(CUgreenCtx *phCtx, CUdevResourceDesc desc, CUd
     return r;
 }
 
+CUcontext bn_ctx_of_memory(CUcontext ctx, CUdevice dev)
+{
+    if (!bn_load(&bn_track.green))
+        return ctx;
+    {
+        BN_LOCKED();
+        const struct bn_ctx *c = bn_ctx_find_locked(ctx);
+        if (!c || c->kind != BN_CTX_GREEN)
+            return ctx;
+    }
+    CUcontext primary = bn_ctx_primary(dev);
+    if (!primary)
+        return ctx;
+    created(CUDA_SUCCESS, &primary, dev, BN_CTX_PRIMARY, NULL); /* only the green one may have retained it */
+    return primary;
+}
+
+static bool find_green(CUgreenCtx green, CUcontext *ctx, CUdevice *dev)
+{
+    BN_LOCKED();
+    for (const struct bn_ctx *c = bn_track.ctxs; c; c = c->next)
+        if (c->green && c->green == green) {
+            *ctx = c->ctx;
+            *dev = c->dev;
+            return true;
+        }
+    return false;
+}
+
+/* It lets go of the primary context, too, and may be the last to do so. */
 CUresult bn_wrap_cuGreenCtxDestroy(CUgreenCtx hCtx)
 {
     BN_GATED();
+    CUcontext ctx = NULL, primary = NULL;
+    CUdevice dev = 0;
+    bool known = find_green(hCtx, &ctx, &dev);
+    if (known)
+        primary = bn_ctx_primary(dev);
     CUresult r = bn_real.cuGreenCtxDestroy(hCtx);
-    if (r != CUDA_SUCCESS)
-        return r;
-    BN_LOCKED();
-    for (struct bn_ctx *c = bn_track.ctxs; c; c = c->next)
-        if (c->green == hCtx) {
-            bn_ctx_gone_locked(c->ctx, true);
-            break;
-        }
+    gone(r, ctx, true);
+    if (known && !primary_active(dev))
+        gone(r, primary, true);
     return r;
 }
 
@@ -238,6 +270,18 @@ static CUresult mirror_locked(CUcontext to, CUdevice dev, bool on)
     return r;
 }
 
+static CUcontext memory_of_peer(CUcontext ctx)
+{
+    CUdevice dev = -1;
+    {
+        BN_LOCKED();
+        const struct bn_ctx *c = bn_ctx_find_locked(ctx);
+        if (c)
+            dev = c->dev;
+    }
+    return dev < 0 ? ctx : bn_ctx_of_memory(ctx, dev);
+}
+
 CUresult bn_wrap_cuCtxEnablePeerAccess(CUcontext peerContext, unsigned int Flags)
 {
     BN_GATED();
@@ -247,12 +291,14 @@ CUresult bn_wrap_cuCtxEnablePeerAccess(CUcontext peerContext, unsigned int Flags
     if (r != CUDA_SUCCESS || !bn_agent_converting() || bn_real.cuCtxGetCurrent(&from) != CUDA_SUCCESS ||
         bn_real.cuCtxGetDevice(&dev) != CUDA_SUCCESS || dev < 0 || dev >= (int)BN_GPUS_MAX)
         return r;
+    from = bn_ctx_of_memory(from, dev);
+    CUcontext to = memory_of_peer(peerContext);
     {
         BN_LOCKED();
         struct bn_peer *p = bn_pool_get(&bn_track.peer_pool);
-        r = p ? mirror_locked(peerContext, dev, true) : CUDA_ERROR_OUT_OF_MEMORY;
+        r = p ? mirror_locked(to, dev, true) : CUDA_ERROR_OUT_OF_MEMORY;
         if (r == CUDA_SUCCESS) {
-            *p = (struct bn_peer){bn_track.peers, from, peerContext, dev};
+            *p = (struct bn_peer){bn_track.peers, from, to, dev};
             bn_track.peers = p;
             return CUDA_SUCCESS;
         }
@@ -267,13 +313,17 @@ CUresult bn_wrap_cuCtxDisablePeerAccess(CUcontext peerContext)
 {
     BN_GATED();
     CUcontext from = NULL;
+    CUdevice dev;
     CUresult r = bn_real.cuCtxDisablePeerAccess(peerContext);
-    if (r != CUDA_SUCCESS || bn_real.cuCtxGetCurrent(&from) != CUDA_SUCCESS)
+    if (r != CUDA_SUCCESS || bn_real.cuCtxGetCurrent(&from) != CUDA_SUCCESS ||
+        bn_real.cuCtxGetDevice(&dev) != CUDA_SUCCESS)
         return r;
+    from = bn_ctx_of_memory(from, dev);
+    CUcontext to = memory_of_peer(peerContext);
     BN_LOCKED();
     for (struct bn_peer **at = &bn_track.peers; *at; at = &(*at)->next) {
         struct bn_peer *p = *at;
-        if (p->from != from || p->to != peerContext)
+        if (p->from != from || p->to != to)
             continue;
         if (!other_peer_of_device_locked(p, p->to, p->from_dev))
             mirror_locked(p->to, p->from_dev, false);

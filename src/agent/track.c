@@ -116,6 +116,7 @@ void bn_track_drop(void)
     t->peers = NULL;
     t->later = NULL;
     t->capturing = 0;
+    t->green = false;
     t->device_count = 0;
     bn_share_drop();
     memset(t->devices, 0, sizeof(t->devices));

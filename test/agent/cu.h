@@ -24,6 +24,9 @@
     X(cuDevicePrimaryCtxRetain)               \
     X(cuDevicePrimaryCtxRelease_v2)           \
     X(cuDevicePrimaryCtxReset_v2)             \
+    X(cuGreenCtxCreate)                       \
+    X(cuGreenCtxDestroy)                      \
+    X(cuCtxFromGreenCtx)                      \
     X(cuMemAlloc_v2)                          \
     X(cuMemFree_v2)                           \
     X(cuMemAllocAsync)                        \

@@ -600,18 +600,21 @@ static void *free_it(void *p)
 }
 
 /* As with the driver's cuMemFree, nobody gets memory that work of before may still use. */
-static void test_room_waits_for_work(void **state)
+static void room_waits(CUcontext owner, CUcontext worker)
 {
     static struct block b[60];
     CUstream stream;
     pthread_t thread;
     CUdeviceptr base;
     void *result;
+    assert_int_equal(cu.cuCtxSetCurrent(owner), 0);
     for (size_t i = 0; i < 60; i++)
         get(&b[i], UNIT, true);
+    assert_int_equal(cu.cuCtxSetCurrent(worker), 0);
     assert_int_equal(cu.cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING), 0);
     held_up = 1;
     assert_int_equal(cu.cuLaunchHostFunc(stream, hold_up, NULL), 0);
+    assert_int_equal(cu.cuCtxSetCurrent(owner), 0);
     CUdeviceptr p = b[50].p;
     assert_int_equal(pthread_create(&thread, NULL, free_it, &p), 0);
     while (cu.cuMemGetAddressRange_v2(&base, NULL, p) == CUDA_SUCCESS) /* until it is being freed */
@@ -627,9 +630,59 @@ static void test_room_waits_for_work(void **state)
     for (size_t i = 0; i < 40; i++)
         assert_int_equal(cu.cuMemFree_v2(got[i]), 0);
     assert_true(comes_again(p));
-    assert_int_equal(cu.cuStreamDestroy_v2(stream), 0);
     b[50].p = 0;
     put_all(b, 60);
+    assert_int_equal(cu.cuCtxSetCurrent(worker), 0);
+    assert_int_equal(cu.cuStreamDestroy_v2(stream), 0);
+    assert_int_equal(cu.cuCtxSetCurrent(owner), 0);
+}
+
+static void test_room_waits_for_work(void **state)
+{
+    room_waits(ctx, ctx);
+}
+
+/* ---- green contexts: their memory is the primary context's ---- */
+
+static void test_green(void **state)
+{
+    static struct block b[30];
+    struct bn_agent_page before = page();
+    CUgreenCtx green, other;
+    CUcontext current, primary, whose = NULL;
+    CUdeviceptr little;
+    assert_int_equal(cu.cuGreenCtxCreate(&green, NULL, 0, 0), 0);
+    assert_int_equal(cu.cuCtxFromGreenCtx(&current, green), 0);
+    assert_int_equal(cu.cuCtxSetCurrent(current), 0);
+    assert_int_equal(cu.cuMemAlloc_v2(&little, 4096), 0);
+    for (size_t i = 0; i < 30; i++)
+        get(&b[i], UNIT, true);
+    assert_int_equal(cu.cuDevicePrimaryCtxRetain(&primary, 0), 0);
+    assert_int_equal(cu.cuPointerGetAttribute(&whose, CU_POINTER_ATTRIBUTE_CONTEXT, b[7].p), 0);
+    assert_ptr_equal(whose, primary);
+    room_waits(current, primary);
+
+    assert_int_equal(cu.cuCtxSetCurrent(primary), 0);
+    assert_int_equal(cu.cuGreenCtxDestroy(green), 0);
+    for (size_t i = 0; i < 30; i++)
+        check(&b[i]);
+    check_page(&before, b, 30, true);
+    assert_true(page().native_bytes > before.native_bytes);
+    around(true);
+    put_all(b, 30);
+    assert_int_equal(cu.cuMemFree_v2(little), 0);
+    assert_int_equal(page().native_bytes, before.native_bytes);
+
+    /* The last that keeps the primary context: everything goes. */
+    assert_int_equal(cu.cuGreenCtxCreate(&other, NULL, 0, 0), 0);
+    assert_int_equal(cu.cuDevicePrimaryCtxRelease_v2(0), 0);
+    assert_int_equal(cu.cuCtxFromGreenCtx(&current, other), 0);
+    assert_int_equal(cu.cuCtxSetCurrent(current), 0);
+    get(&b[0], UNIT, true);
+    assert_int_equal(cu.cuGreenCtxDestroy(other), 0);
+    assert_int_equal(cu.cuCtxSetCurrent(ctx), 0);
+    assert_int_equal(page().gpu[0].segments, before.gpu[0].segments);
+    assert_int_equal(page().allocations, before.allocations);
 }
 
 /* ---- threads ---- */
@@ -709,6 +762,7 @@ int main(void)
         cmocka_unit_test(test_peers),
         cmocka_unit_test(test_room_waits_for_captures),
         cmocka_unit_test(test_room_waits_for_work),
+        cmocka_unit_test(test_green),
         cmocka_unit_test(test_threads),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
