@@ -154,6 +154,10 @@ class PluginTest(unittest.TestCase):
         self.assertEqual(self.requests(), list(expected))
         self.assertFalse([r for r in self.daemon.records if r.get("malformed")])
 
+    def wait_closed(self):
+        """The daemon has seen the end of the connection: it writes down no more of it."""
+        wait_until(lambda: self.requests()[-1:] == ["closed"], "the connection is closed")
+
     def use_private_daemon(self, **plan):
         plan_file = os.path.join(self.dir, "plan.json")
         with open(plan_file, "w", encoding="utf-8") as f:
@@ -190,6 +194,7 @@ class PluginTest(unittest.TestCase):
         self.assertEqual(self.dump(), 0)
         self.assert_dead()
         self.last = [self.count(i)[0] for i in range(n)]
+        self.wait_closed()
         self.daemon.records.clear()
         with open(os.path.join(self.images, "bennu-manifest.img"), "w", encoding="utf-8") as f:
             f.write("not read by the plugin")
@@ -218,6 +223,7 @@ class Dump(PluginTest):
         self.start_daemon()
         self.assertEqual(self.dump(), 0)
         self.assert_dead()
+        self.wait_closed()
         asked = [r["values"][0] for r in self.daemon.records if r["request"] == "DUMP_PROCESS"]
         self.assertEqual(asked[0], pid)
         self.assertEqual(sorted(asked), sorted(2 * self.pids))
@@ -321,7 +327,7 @@ class Dump(PluginTest):
         self.assertNotEqual(self.dump(), 0)
         self.assert_running()
         self.assert_no_checkpoint()
-        wait_until(lambda: self.requests()[-1] == "closed", "the connection is closed")
+        self.wait_closed()
         self.assertEqual(self.requests()[-2], "DUMP_END")
         self.assertNotEqual(self.daemon.records[-2]["values"][0], 0)
 
