@@ -174,8 +174,10 @@ static int test(struct bn_gpu *gpu, unsigned dev, struct bn_error *err)
 
 static void take_apart(struct bn_gpu *gpu, struct bn_gpu_hashing *h)
 {
-    if (h->stream)
+    if (h->stream) {
+        gpu->cu.StreamSynchronize(h->stream); /* after a failure something may still be under way */
         gpu->cu.StreamDestroy(h->stream);
+    }
     if (h->module)
         gpu->cu.ModuleUnload(h->module);
     bn_gpu_set_free(h->scratch);
