@@ -78,6 +78,8 @@ def targets(sizes):
           ["blocks.small.suspend", "blocks.small.resume"], ["blocks.large.suspend", "blocks.large.resume"])
     row("gpu-tier", f"suspend {big}, GPU tier", "s", 0.6, "lower", lambda m: m("gpu.suspend"), "gpu.suspend")
     row("gpu-tier", f"resume {big}, GPU tier", "s", 0.6, "lower", lambda m: m("gpu.resume"), "gpu.resume")
+    for which in ("suspend", "resume"):
+        ratio("gpu-tier", f"{which}, GPU tier: time of {big} / of {mid}", 1.5, "lower", [f"gpu.{which}"], [f"gpu.mid.{which}"])
     ratio("pytorch", "dump PyTorch with 7 GB to page cache: times faster than driver path + CRIU", 7, "higher", ["pytorch.driver.dump"],
           ["pytorch.agent.dump"])
     ratio("pytorch", "restore PyTorch with 7 GB from page cache: times faster than driver path + CRIU", 6, "higher",
@@ -94,6 +96,17 @@ def targets(sizes):
         "live.gpu")
     row("live", f"second checkpoint of {load}, of which 1/256 is written: bytes sent", "%", 5, "lower", lambda m: m("live.new"), "live.new")
     row("live", f"restore of {load}: hashing on the GPU, of the whole command", "%", 3, "lower", lambda m: m("live.verify"), "live.verify")
+    row("rewrite", f"live dump of {sizes['rewrite_text']} rewritten in each step: gates closed until the last byte has left the GPU", "s", 0.15,
+        "lower", lambda m: m("rewrite.gpu"), "rewrite.gpu")
+    for key, text, target in (("memory", "memory-bound loop", 5), ("decode", "decode loop (PyTorch)", 3)):
+        row("copying", f"{text}, while {load} are copied: slower by", "%", target, "lower",
+            lambda m, k=key: (m(f"copying.{k}.with") / m(f"copying.{k}.without") - 1) * 100, f"copying.{key}.with", f"copying.{key}.without")
+    ratio("copying", f"dump --live --leave-running of PyTorch: whole pause with {sizes['torch_live'] + 4} GB / with an empty GPU", 1.2, "lower",
+          ["pause.torch"], ["pause.empty"])
+    row("replicas", "second checkpoint of an inference server: new bytes", "%", 5, "lower", lambda m: m("replicas.second"), "replicas.second")
+    row("replicas", "checkpoint of its replica: new bytes", "%", 5, "lower", lambda m: m("replicas.replica"), "replicas.replica")
+    row("hash", "hash kernel", "TB/s", 2, "higher", lambda m: m("hash.gpu"), "hash.gpu")
+    row("hash", "hash on one core", "GB/s", 5, "higher", lambda m: m("hash.core"), "hash.core")
     ratio("disk", "dump to disk: rate / the disk's O_DIRECT rate", 0.9, "higher", ["disk.dump_rate"], ["disk.write"])
     ratio("disk", "writing packs: rate / the disk's O_DIRECT rate", 0.9, "higher", ["disk.packs_write"], ["disk.write"])
     ratio("disk", "reading packs: rate / the disk's O_DIRECT rate", 0.9, "higher", ["disk.packs_read"], ["disk.read"])
@@ -108,8 +121,8 @@ def targets(sizes):
     row("rest", "daemon at rest: CPU", "%", 0, "lower", lambda m: m("rest.cpu"), "rest.cpu")
     row("rest", "daemon at rest: GPU memory beyond its context", "bytes", 0, "lower", lambda m: max(0, m("rest.gpu") - m("rest.context")),
         "rest.gpu", "rest.context")
-    row("rest", "daemon at rest: pinned host memory beyond the configuration's", "bytes", 0, "lower", lambda m: m("rest.pinned_used"),
-        "rest.pinned_used")
+    row("rest", "daemon at rest: pinned host memory beyond a fresh one's", "bytes", 0, "lower",
+        lambda m: max(0, m("rest.pinned_used") - m("rest.pinned_fresh")), "rest.pinned_used", "rest.pinned_fresh")
     return rows
 
 
@@ -118,7 +131,7 @@ LOOPS = {
     "gemm": "GEMM loop (PyTorch)", "memory": "memory-bound loop (PyTorch)", "decode": "token-by-token decode (PyTorch)",
     "launches": "10,000 small launches (PyTorch)", "allocations": "allocation loop (PyTorch)",
     "c-memory": "memory-bound loop (driver API)", "c-launches": "10,000 small launches (driver API)",
-    "c-allocations": "allocation loop (driver API)",
+    "c-allocations": "allocation loop (driver API)", "c-small": "allocation loop of blocks up to 4 MiB (driver API)",
 }
 
 

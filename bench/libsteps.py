@@ -11,6 +11,7 @@ import sys
 import time
 
 import libhttp
+import libsteps_live
 from libbench import GIB, MIB, PROGRAMS, ROOT, Failed, Skipped, cached_share, drop_from_cache, size_text, tail
 from librows import LOOPS
 
@@ -20,16 +21,19 @@ def sizes_for(simulated, quick):
         n = 1 if quick else 4
         s = {"big": 64 * n * MIB, "block": 16 * MIB, "mid": 32 * n * MIB, "small": 2 * MIB, "load": 64 * n * MIB, "disk": 64 * n * MIB,
              "disk_test": 64 * n * MIB, "torch_gb": 0.1, "copy": 32 * n * MIB, "rest_s": 1 if quick else 3, "rounds": 2 if quick else 5,
-             "slow": 1, "loops": 2 if quick else 5, "scale": 256 if quick else 64}
+             "slow": 1, "loops": 2 if quick else 5, "scale": 256 if quick else 64, "hash": 16 * n * MIB, "hash_chunks": 12 * n,
+             "rewrite": 8 * n * MIB, "period": 20, "hot": 4 * n * MIB, "window": 0.1, "pause": 1, "torch_live": 1}
     else:
         s = {"big": 64 * GIB, "block": GIB, "mid": 16 * GIB, "small": 2 * MIB, "load": 40 * GIB, "disk": 12 * GIB, "disk_test": 6 * GIB,
-             "torch_gb": 7, "copy": 2 * GIB, "rest_s": 5, "rounds": 5, "slow": 1 if quick else 2, "loops": 5 if quick else 11, "scale": 1}
+             "torch_gb": 7, "copy": 2 * GIB, "rest_s": 5, "rounds": 5, "slow": 1 if quick else 2, "loops": 5 if quick else 11, "scale": 1,
+             "hash": 64 * GIB, "hash_chunks": 4096, "rewrite": 20 * GIB, "period": 250, "hot": 4 * GIB, "window": 3, "pause": 3, "torch_live": 36}
         if quick:
-            s.update(big=16 * GIB, mid=4 * GIB, load=8 * GIB, disk=4 * GIB, disk_test=2 * GIB, rounds=3)
-    return {**s, **{f"{k}_text": size_text(s[k]) for k in ("big", "block", "mid", "small", "load", "disk")}}
+            s.update(big=16 * GIB, mid=4 * GIB, load=8 * GIB, disk=4 * GIB, disk_test=2 * GIB, rounds=3, hash=16 * GIB, rewrite=4 * GIB,
+                     torch_live=4)
+    return {**s, **{f"{k}_text": size_text(s[k]) for k in ("big", "block", "mid", "small", "load", "disk", "hash", "rewrite", "hot")}}
 
 
-class Steps:
+class Steps(libsteps_live.LiveSteps):
     """t: the Bench; f: the Figures; s: the sizes. `expected`: seconds that a step takes on an H100, `limit`: when it is given up."""
 
     def __init__(self, t, f, s):
@@ -37,16 +41,18 @@ class Steps:
 
     def all(self):
         """(name, function, limit in s, expected in s), in the order to run them in: what is cheap and what others rest on goes first."""
-        return [("link", self.link, 120, 20), ("gate", self.gate, 60, 6), ("rest", self.rest, 90, 25), ("suspend", self.suspend, 180, 55),
-                ("driver", self.driver, 200, 80), ("blocks", self.blocks, 150, 50), ("gpu-tier", self.gpu_tier, 150, 30),
+        return [("link", self.link, 120, 20), ("gate", self.gate, 60, 6), ("hash", self.hash, 120, 15),
+                ("rest", self.rest, 90, 30), ("suspend", self.suspend, 180, 55), ("driver", self.driver, 200, 80), ("blocks", self.blocks, 150, 50), ("gpu-tier", self.gpu_tier, 150, 30),
                 ("overhead", self.overhead, 240, 100), ("pytorch", self.pytorch, 300, 120), ("load", self.load, 200, 60),
-                ("live", self.live, 240, 90), ("disk", self.disk, 240, 80), ("llm", self.llm, 300, 120)]
+                ("live", self.live, 240, 120), ("rewrite", self.rewrite, 150, 35), ("copying", self.copying, 280, 120),
+                ("disk", self.disk, 240, 80), ("llm", self.llm, 300, 120), ("replicas", self.replicas, 200, 50)]
 
     def memory_needed(self, step):
         """Host memory (bytes) that a step uses, to be touched beforehand."""
         big = self.s["big"] + self.s["big"] // 16
         extra = (1 if self.t.simulated else 8) * GIB // (8 if self.t.simulated else 1)
-        return {"suspend": big, "driver": big, "blocks": self.s["mid"], "load": self.s["load"] + extra, "rest": self.s["mid"],
+        return {"suspend": big, "driver": big, "blocks": self.s["mid"], "load": self.s["load"] + extra, "live": self.s["load"] + extra,
+                "copying": self.s["load"] + 2 * extra, "rewrite": self.s["rewrite"] + extra, "replicas": 3 * extra, "rest": self.s["mid"],
                 "pytorch": 3 * extra, "llm": 3 * extra, "disk": self.s["disk"] + extra}.get(step, 0)
 
     def add(self, key, name, values, unit="s", better="lower", note=""):
@@ -91,18 +97,25 @@ class Steps:
         context.kill()
         if gpu is not None:
             self.add("rest.context", "GPU memory of a process with a context and nothing else", gpu, "bytes")
-        t.start_daemon()
-        self.add("rest.pinned_fresh", "daemon at rest, fresh: pinned host memory", pinned_bytes(t.daemon.pid), "bytes")
+        t.start_daemon("--trim-after", "2")
+        fresh = pinned_bytes(t.daemon.pid)
+        self.add("rest.pinned_fresh", "daemon at rest, fresh: pinned host memory", fresh, "bytes")
         program = t.hold(s["mid"], s["block"])
         t.suspend(program)
         t.resume(program)
         program.check()
         program.kill()
+        self.add("rest.pinned_work", f"daemon after a suspend of {s['mid_text']}: pinned host memory", pinned_bytes(t.daemon.pid), "bytes",
+                 note="what --trim-after keeps for the next one")
+        began = time.monotonic()
+        while pinned_bytes(t.daemon.pid) > fresh + 2 * MIB and time.monotonic() < began + 30:
+            time.sleep(0.05)
+        self.add("rest.trim", "daemon: until its pinned host memory was given back, with --trim-after 2", time.monotonic() - began)
         before, began = cpu_ns(t.daemon.pid), time.monotonic()
         time.sleep(s["rest_s"])
         cpu = (cpu_ns(t.daemon.pid) - before) / 1e9 / (time.monotonic() - began) * 100
         self.add("rest.cpu", "daemon at rest: CPU time of all threads", cpu, "%", note=f"over {s['rest_s']} s, after a suspend and resume")
-        self.add("rest.pinned_used", f"daemon at rest, after a suspend of {s['mid_text']}: pinned host memory", pinned_bytes(t.daemon.pid),
+        self.add("rest.pinned_used", f"daemon at rest, after a suspend of {s['mid_text']} and --trim-after: pinned host memory", pinned_bytes(t.daemon.pid),
                  "bytes", note="no configuration asks it to keep any")
         gpu = t.gpu_memory_of(family(t.daemon.pid), idle)
         if gpu is not None:
@@ -271,58 +284,6 @@ class Steps:
             if rates:
                 self.add("load.rate", f"restore with {what}, from tmpfs: bytes / time of the load", rates, "GB/s", "higher")
 
-    def live(self):
-        """A program that writes all the time: how long a live dump stops it, what its second checkpoint costs, what verification costs."""
-        t, s = self.t, self.s
-        if "--live" not in t.command([t.bennu, "dump", "--help"], env=t.own_env(), ok=False):
-            raise Skipped("this bennu has no dump --live")
-        cut = t.bin / "test/cr/cut"
-        if not cut.exists():
-            raise Skipped(f"there is no {cut}")
-        t.start_daemon()
-        images = t.tmpfs()
-        chunks = s["load"] // (2 * MIB)
-        hot = max(4, chunks // 256)
-        gpu, whole, plain, new, verify = [], [], [], [], []
-        program = t.start("cut", ["/usr/bin/env", f"CR_KERNELS={ROOT / 'sim/kernels.ptx'}", cut, "--plain", "--gaps", f"--hot={hot}",
-                                  f"--cold={chunks}"], commands=False)
-        program.wait_for("round 2$", "its second round", 120)
-
-        def dump(*options):
-            """Answer, and the longest call of the driver meanwhile: that is how long the program was stopped."""
-            t.count += 1
-            folder = pathlib.Path(images) / f"live-{t.count}"
-            before = program.log.stat().st_size
-            a = t.timed(["dump", "--json", "--leave-running", *options, program.pid, folder], 200)
-            end = program.log.stat().st_size
-            for _ in range(2):
-                program.wait_for("^0 .* round", "it goes on", 120, end)
-                end = program.log.stat().st_size
-            gap = max(float(g) for g in re.findall(r"^gap ([\d.]+)$", program.log.read_text()[before:], re.M))
-            return a, gap, folder
-
-        for _ in range(s["rounds"]):
-            a, gap, folder = dump()
-            plain.append(gap)
-            b, gap, second = dump(f"--parent={folder}")
-            new.append(b.phases["copy-out"][1] / b.data["gpu_bytes"] * 100)
-            shutil.rmtree(second)
-            shutil.rmtree(folder)
-            a, gap, folder = dump("--live")
-            gpu.append(a.seconds("gpu-pause"))
-            whole.append(gap)
-            shutil.rmtree(folder)
-        size = s["load_text"]
-        self.add("live.gpu", f"live dump of {size}: gates closed until the last byte has left the GPU", gpu)
-        self.add("live.pause", f"live dump of {size}, --leave-running: longest call of the driver in the program", whole)
-        self.add("live.plain", f"dump of {size}, --leave-running: longest call of the driver in the program", plain)
-        self.add("live.new", f"second checkpoint of {size}, of which 1/256 is written: bytes sent", new, "%")
-        answer, folder, _ = t.dump(program, images)
-        back = t.restore(program, folder)
-        verify.append(back.seconds("verify") / back.wall * 100)
-        self.add("live.verify", f"restore of {size}: hashing on the GPU, of the whole command", verify, "%")
-        program.kill()
-
     def disk(self):
         t, s = self.t, self.s
         images = self.disk_folder()
@@ -420,6 +381,9 @@ class Steps:
         self.add(f"llm.{key}_restore", f"llm-server: restore ({how}), whole command", walls, note=note)
         self.add(f"llm.{key}_dump", f"llm-server: dump ({how}), whole command", a.wall, note=note)
         self.add(f"llm.{key}_image", f"llm-server: image ({how})", image, "bytes")
+
+    def need_torch(self):
+        need_torch(self.t)
 
     def disk_folder(self):
         """Where images go that are not to be in tmpfs."""

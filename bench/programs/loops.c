@@ -9,6 +9,7 @@
  *
  * launches     10,000 launches of a kernel of one thread, and a wait for all
  * allocations  300 allocations and frees of 64 KiB to 256 MiB, 12 of them alive at a time
+ * small        20,000 allocations and frees of 256 bytes to 4 MiB, 256 of them alive at a time: many share memory
  * memory       copies of 1 GiB within the GPU
  */
 #include "driver.h"
@@ -16,6 +17,7 @@
 #include <getopt.h>
 
 #define ALIVE 12
+#define SMALL_ALIVE 256
 
 static unsigned scale = 1;
 static CUfunction increment;
@@ -46,6 +48,24 @@ static void allocations(void)
             MUST(cuMemFree_v2(alive[i]));
 }
 
+static void small(void)
+{
+    static CUdeviceptr alive[SMALL_ALIVE];
+    uint64_t random = 54321;
+    for (unsigned i = 0; i < 20000 / scale; i++) {
+        random = random * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+        CUdeviceptr *a = &alive[(random >> 40) % SMALL_ALIVE];
+        if (*a)
+            MUST(cuMemFree_v2(*a));
+        MUST(cuMemAlloc_v2(a, (size_t)(UINT64_C(1) << (8 + (random >> 33) % 15))));
+    }
+    for (unsigned i = 0; i < SMALL_ALIVE; i++) {
+        if (alive[i])
+            MUST(cuMemFree_v2(alive[i]));
+        alive[i] = 0;
+    }
+}
+
 static void memory(void)
 {
     for (unsigned i = 0; i < 512 / scale; i++)
@@ -56,7 +76,7 @@ static void memory(void)
 static const struct {
     const char *name;
     void (*run)(void);
-} loops[] = {{"launches", launches}, {"allocations", allocations}, {"memory", memory}};
+} loops[] = {{"launches", launches}, {"allocations", allocations}, {"small", small}, {"memory", memory}};
 
 int main(int argc, char **argv)
 {

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: MIT
+"""Steps of bench/run: hashes, and checkpoints of programs that run on meanwhile."""
+
+import pathlib
+import re
+import shutil
+import socket
+import sys
+import time
+
+import libhttp
+from libbench import MIB, PROGRAMS, ROOT, Failed, Skipped, tail
+
+
+def steps_of(program):
+    """When its steps ended (CLOCK_MONOTONIC, s)."""
+    return [float(at) for at in re.findall(r"^step \d+ ([\d.]+)$", program.log.read_text(errors="replace"), re.M)]
+
+
+def step_time(program, began, ended):
+    """The mean time of its steps from the last that ended before `began` to the first that ended after `ended`."""
+    end = time.monotonic() + 120
+    while not (ends := steps_of(program)) or ends[-1] < ended:
+        if program.poll() is not None or time.monotonic() > end:
+            raise Failed(f"{program.name} does not go on\n{tail(program.log)}")
+        time.sleep(0.01)
+    first = max((i for i, at in enumerate(ends) if at <= began), default=0)
+    last = next(i for i, at in enumerate(ends) if at >= ended)
+    return (ends[last] - ends[first]) / max(last - first, 1)
+
+
+def longest_gap(program, began, ended):
+    """The longest time between two ends of its steps around what happened from `began` to `ended`."""
+    step_time(program, began, ended)
+    ends = steps_of(program)
+    around = [(a, b) for a, b in zip(ends, ends[1:]) if b >= began and a <= ended]
+    return max(b - a for a, b in around)
+
+
+def own_bytes(folder):
+    """Bytes of GPU memory that a checkpoint shares with no other."""
+    return sum(f.stat().st_size for f in pathlib.Path(folder).glob("bennu-pack-*") if f.stat().st_nlink == 1)
+
+
+class LiveSteps:
+    """For libsteps.Steps."""
+
+    def need_live(self):
+        if "--live" not in self.t.command([self.t.bennu, "dump", "--help"], env=self.t.own_env(), ok=False):
+            raise Skipped("this bennu has no dump --live")
+
+    def live_folder(self):
+        self.t.count += 1
+        return pathlib.Path(self.t.tmpfs()) / f"image-live-{self.t.count}"
+
+    def hash(self):
+        """The kernel that hashes, against its twin on the CPU."""
+        t, s = self.t, self.s
+        argv = ["--chunks", s["hash_chunks"], "--bytes", s["hash"], "--rounds", 2 * s["rounds"] - 1]
+        out = t.tool("bench-hash-gpu", *argv, *(["--driver", t.driver, "--keys", 2] if t.simulated else []), timeout=110)
+        compared = re.search(r"^compared (\d+) values: (\d+) wrong$", out, re.M)
+        gpu, core = (re.search(rf"^{which} ([\d.]+) GB/s$", out, re.M) for which in ("gpu", "core"))
+        if not compared or compared[2] != "0" or not gpu or not core:
+            raise Failed(f"bench-hash-gpu: {out[-800:]}")
+        note = "random content; median of its rounds"
+        self.add("hash.gpu", f"hash kernel, {s['hash_text']}: launch to values", float(gpu[1]) / 1000, "TB/s", "higher", note)
+        self.add("hash.core", "the hash on one core, 512 MiB at most", float(core[1]), "GB/s", "higher", note)
+        self.add("hash.wrong", f"hash kernel: values of {compared[1]} that are not the CPU's", int(compared[2]), "values")
+
+    def live(self):
+        """A program that writes all the time: how long a live dump stops it, what its second checkpoint costs, what verification costs."""
+        t, s = self.t, self.s
+        self.need_live()
+        cut = t.bin / "test/cr/cut"
+        if not cut.exists():
+            raise Skipped(f"there is no {cut}")
+        t.start_daemon()
+        chunks = s["load"] // (2 * MIB)
+        hot = max(4, chunks // 256)
+        gpu, whole, plain, new = [], [], [], []
+        # A chunk of 2 MiB every 3 ms and more: less than 0.7 GB a second.
+        program = t.start("cut", ["/usr/bin/env", f"CR_KERNELS={ROOT / 'sim/kernels.ptx'}", cut, "--plain", "--gaps",
+                                  f"--pause={s['pause']}", f"--hot={hot}", f"--cold={chunks}"], commands=False)
+        program.wait_for("round 2$", "its second round", 120)
+
+        def dump(*options):
+            """Answer, and the longest call of the driver meanwhile: that is how long the program was stopped."""
+            folder, before = self.live_folder(), program.log.stat().st_size
+            a = t.timed(["dump", "--json", "--leave-running", *options, program.pid, folder], 200)
+            end = program.log.stat().st_size
+            for _ in range(2):
+                program.wait_for("^0 .* round", "it goes on", 120, end)
+                end = program.log.stat().st_size
+            gap = max(float(g) for g in re.findall(r"^gap ([\d.]+)$", program.log.read_text()[before:], re.M))
+            return a, gap, folder
+
+        for _ in range(min(s["rounds"], 3)):
+            a, gap, folder = dump()
+            plain.append(gap)
+            b, gap, second = dump(f"--parent={folder}")
+            new.append(b.phases["copy-out"][1] / b.data["gpu_bytes"] * 100)
+            shutil.rmtree(second)
+            shutil.rmtree(folder)
+            a, gap, folder = dump("--live")
+            gpu.append(a.seconds("gpu-pause"))
+            whole.append(gap)
+            shutil.rmtree(folder)
+        size = s["load_text"]
+        self.add("live.gpu", f"live dump of {size}: gates closed until the last byte has left the GPU", gpu)
+        self.add("live.pause", f"live dump of {size}, --leave-running: longest call of the driver in the program", whole)
+        self.add("live.plain", f"dump of {size}, --leave-running: longest call of the driver in the program", plain)
+        self.add("live.new", f"second checkpoint of {size}, of which 1/256 is written: bytes sent", new, "%")
+        verify, share = [], []
+        for _ in range(min(s["rounds"], 3)):
+            answer, folder, _ = t.dump(program, t.tmpfs())
+            back = t.restore(program, folder)
+            verify.append(back.seconds("verify"))
+            share.append(back.seconds("verify") / back.wall * 100)
+            program.wait_for("^0 .* round", "it goes on", 120, program.log_size)
+            shutil.rmtree(folder)
+        self.add("live.verify", f"restore of {size}: hashing on the GPU, of the whole command", share, "%")
+        self.add("live.verify_s", f"restore of {size}: hashing on the GPU", verify)
+        program.kill()
+
+    def rewrite(self):
+        """A loop that rewrites everything in each step, as training does."""
+        t, s = self.t, self.s
+        self.need_live()
+        t.start_daemon()
+        program = t.start("rewrite", [t.bin / "bench/bench-step", "--kernels", ROOT / "sim/kernels.ptx", "--hot", s["rewrite"], "--period",
+                                      s["period"]])
+        program.wait_for(r"^step 3 ", "its third step", 120)
+        gpu, whole = [], []
+        for _ in range(s["rounds"]):
+            folder, began = self.live_folder(), time.monotonic()
+            a = t.timed(["dump", "--json", "--live", "--leave-running", program.pid, folder], 200)
+            whole.append(longest_gap(program, began, time.monotonic()))
+            gpu.append(a.seconds("gpu-pause"))
+            program.check()
+            shutil.rmtree(folder)
+        what = f"live dump of {s['rewrite_text']}, all rewritten every {s['period']} ms"
+        self.add("rewrite.gpu", f"{what}: gates closed until the last byte has left the GPU", gpu)
+        self.add("rewrite.pause", f"{what}, --leave-running: longest step of the program", whole)
+
+    def slowed(self, key, text, program):
+        """Its steps while bennu pre-dump copies, beside those before."""
+        t, s = self.t, self.s
+        without, with_, rates = [], [], []
+        for _ in range(min(s["rounds"], 3)):
+            began = time.monotonic()
+            time.sleep(s["window"])
+            without.append(step_time(program, began, time.monotonic()))
+            began = time.monotonic()
+            a = t.timed(["pre-dump", "--json", program.pid], 200)
+            ended = time.monotonic()
+            with_.append(step_time(program, began, ended))
+            rates.append(a.data["sent_bytes"] / 1e9 / (ended - began))
+            t.timed(["pre-dump", "--json", "--drop", program.pid], 60)
+        program.check()
+        self.add(f"copying.{key}.without", f"{text}: a step, nothing else happening", without)
+        self.add(f"copying.{key}.with", f"{text}: a step, while bennu pre-dump copies", with_)
+        self.add(f"copying.{key}.rate", f"{text}: bytes that pre-dump copies meanwhile / its time", rates, "GB/s", "higher",
+                 note="into a tmpfs")
+
+    def copying(self):
+        """What a program loses while its memory is copied, and how long a live dump stops PyTorch."""
+        t, s = self.t, self.s
+        self.need_live()
+        t.start_daemon("--spool", t.tmpfs() / "spool")
+        program = t.start("memory-loop", [t.bin / "bench/bench-step", "--kernels", ROOT / "sim/kernels.ptx", "--cold", s["load"] - s["hot"],
+                                          "--hot", s["hot"]])
+        program.wait_for(r"^step 3 ", "its third step", 120)
+        self.slowed("memory", f"memory-bound loop of {s['hot_text']}, {s['load_text']} on the GPU", program)
+        program.kill()
+        self.need_torch()
+        for key, argv, what in (("torch", ["--gb", s["torch_live"]], f"PyTorch decoding, {s['torch_live'] + 4} GB on the GPU"),
+                                ("empty", ["--shape", "tiny"], "PyTorch decoding with a tiny model")):
+            program = t.start(f"decode-{key}", [sys.executable, PROGRAMS / "decode.py", *argv])
+            program.wait_for(r"^step 30 ", "its 30th token", 200)
+            gaps = []
+            for _ in range(s["rounds"]):
+                folder, began = self.live_folder(), time.monotonic()
+                t.timed(["dump", "--json", "--live", "--leave-running", program.pid, folder], 200)
+                gaps.append(longest_gap(program, began, time.monotonic()))
+                shutil.rmtree(folder)
+            self.add(f"pause.{key}", f"dump --live --leave-running, {what}: longest token", gaps, note="into a tmpfs")
+            if key == "torch":
+                self.slowed("decode", what, program)
+            program.kill()
+
+    def replicas(self):
+        """What the second checkpoint of an inference server adds to the first, and the first of its replica."""
+        t, s = self.t, self.s
+        self.need_torch()
+        t.start_daemon()
+
+        def server():
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            program = t.start("llm-server", [sys.executable, ROOT / "examples/llm-server/server.py", "--port", str(port)], commands=False)
+            libhttp.generate(port, gone=lambda: program.poll() is not None)
+            return program, port
+
+        def dump(program, *options):
+            folder = self.live_folder()
+            a = t.timed(["dump", "--json", "--leave-running", *options, program.pid, folder], 200)
+            return folder, own_bytes(folder) / a.data["gpu_bytes"] * 100
+
+        first, port = server()
+        image, _ = dump(first)
+        libhttp.generate(port, count=64)
+        folder, new = dump(first, f"--parent={image}")
+        self.add("replicas.second", "llm-server: GPU memory that its second checkpoint stores anew, 64 tokens later", new, "%")
+        shutil.rmtree(folder)
+        other, _ = server()
+        _, new = dump(other, f"--parent={image}")
+        self.add("replicas.replica", "llm-server: GPU memory that a replica's checkpoint stores anew", new, "%")
