@@ -181,7 +181,7 @@ class Case(unittest.TestCase):
     def setUp(self):
         self.dir = tempfile.mkdtemp(prefix="bennu-e2e.")
         os.chmod(self.dir, 0o755)
-        self.machine = f"e2e.{os.getpid()}.{next(_numbers)}"
+        self.machine = f"e2e-{os.getpid()}-{next(_numbers)}"
         self.rundir = self.path("run")
         keep = {k: v for k, v in os.environ.items()
                 if not k.startswith(("BENNU_", "CRIU_", "LD_")) or k in ("BENNU_CRIU",)}
