@@ -52,12 +52,9 @@ static void discard(struct cli_cancel *c)
     free(c);
 }
 
-struct cli_cancel *cli_cancel_new(void)
+int cli_signals_fd(void)
 {
-    struct cli_cancel *c = calloc(1, sizeof(*c));
-    if (!c)
-        return NULL;
-    sigset_t set, all, old;
+    sigset_t set;
     sigemptyset(&set);
     for (size_t i = 0; i < BN_ARRAY_SIZE(list); i++) {
         struct sigaction now;
@@ -65,14 +62,37 @@ struct cli_cancel *cli_cancel_new(void)
         if (sigaction(list[i], NULL, &now) == 0 && now.sa_handler != SIG_IGN)
             sigaddset(&set, list[i]);
     }
+    int fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (fd < 0)
+        return -errno;
+    sigprocmask(SIG_BLOCK, &set, NULL);
+    return fd;
+}
+
+/* Nobody will take the signals: they end us, as ever. */
+static void give_up(struct cli_cancel *c)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    for (size_t i = 0; i < BN_ARRAY_SIZE(list); i++)
+        sigaddset(&set, list[i]);
+    discard(c);
+    sigprocmask(SIG_UNBLOCK, &set, NULL);
+}
+
+struct cli_cancel *cli_cancel_new(void)
+{
+    struct cli_cancel *c = calloc(1, sizeof(*c));
+    if (!c)
+        return NULL;
+    sigset_t all, old;
     c->pipe[0] = c->pipe[1] = -1;
     c->stop = eventfd(0, EFD_CLOEXEC);
-    c->signals = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+    c->signals = c->stop < 0 ? -1 : cli_signals_fd();
     if (c->stop < 0 || c->signals < 0 || pipe2(c->pipe, O_CLOEXEC | O_NONBLOCK) < 0) {
-        discard(c);
+        give_up(c);
         return NULL;
     }
-    sigprocmask(SIG_BLOCK, &set, NULL);
     char path[64];
     snprintf(path, sizeof(path), "/proc/%d/fd/%d", getpid(), c->pipe[0]);
     setenv("BENNU_CANCEL", path, 1);
@@ -81,8 +101,7 @@ struct cli_cancel *cli_cancel_new(void)
     int r = pthread_create(&c->thread, NULL, take_signals, c);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     if (r != 0) {
-        sigprocmask(SIG_UNBLOCK, &set, NULL);
-        discard(c);
+        give_up(c);
         return NULL;
     }
     return c;

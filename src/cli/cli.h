@@ -48,7 +48,7 @@ struct cli_command {
 };
 
 extern const struct cli_command cli_run, cli_dump, cli_pre_dump, cli_restore, cli_suspend, cli_resume, cli_ps,
-    cli_inspect, cli_check, cli_install, cli_uninstall, cli_store;
+    cli_inspect, cli_check, cli_install, cli_uninstall, cli_store, cli_watch_process;
 
 /* Name of the command under way, for messages: "bennu dump". */
 extern const char *cli_name;
@@ -137,6 +137,9 @@ int cli_watch_finish(struct cli_watch *w, bool expected, struct bn_phases *phase
 /* --- cancel.c --------------------------------------------------------------------------------------------------------------- */
 
 struct cli_cancel;
+/* Block the signals that end a program, but for those that whoever started us has ignored, in this thread and those that it will
+ * start. A descriptor of signalfd(2) that tells of them, or negative errno. The caller closes it. */
+int cli_signals_fd(void);
 /* From now on SIGINT, SIGTERM, SIGHUP and SIGQUIT do not end us but make Bennu's plugin fail CRIU. To be called while there is one
  * thread, and before cli_ignore_signals. They stay blocked in that thread. NULL: out of memory or descriptors. */
 struct cli_cancel *cli_cancel_new(void);
@@ -162,6 +165,34 @@ int cli_prepare(int sock, pid_t pid, int dir, int parent, uint64_t per_second, u
                 struct bn_error *err);
 json_t *cli_json_ahead(const struct cli_ahead *a);
 void cli_print_ahead(const struct cli_ahead *a);
+
+/* --- dump.c ------------------------------------------------------------------------------------------------------------- */
+
+struct cli_dump_options {
+    bool leave_running, live, driver_path, allow_no_cuda, no_space_check, sync_disk;
+    bool drop_log;       /* CRIU's log of a dump that fails is not kept beside the folder */
+    unsigned timeout;    /* of CRIU, in seconds; 0: its own */
+    unsigned level;      /* of compression; 0: none */
+    uint64_t per_second; /* bytes copied while it runs; 0: no limit */
+    const char *parent;  /* folder of a checkpoint, or NULL */
+};
+
+struct cli_dumped {
+    char path[PATH_MAX];      /* of the folder, absolute */
+    uint32_t cuda, agents;    /* processes */
+    uint64_t gpu_bytes, took; /* ns */
+    int criu;
+    struct bn_phases phases;
+    struct cli_ahead ahead; /* live alone */
+};
+
+/* Dump `pid` and its children to `path`, which is new or empty. One thread, and once in a process: libcriu, the environment and what
+ * CRIU inherits are not cleared away. Signals that end a program undo it, and stay blocked. Returns an exit code: not CLI_OK, nothing is
+ * left in `path` and the processes go on, and *err says why; 128 and a signal's number if that was the cause. */
+int cli_dump_process(pid_t pid, const char *path, const struct cli_dump_options *o, struct cli_dumped *out,
+                     struct bn_error *err);
+/* What --json prints of it. */
+json_t *cli_json_dumped(pid_t pid, const struct cli_dump_options *o, const struct cli_dumped *d);
 
 /* --- trace.c ---------------------------------------------------------------------------------------------------------- */
 

@@ -12,27 +12,27 @@
 
 #define LOG_FILE "dump.log"
 
-static bool leave_running, live, driver_path, allow_no_cuda, no_space_check, sync_disk, json, quiet;
-static unsigned timeout, level;
-static const char *parent, *bandwidth;
+static struct cli_dump_options wanted;
+static bool json, quiet;
+static const char *bandwidth;
 
 static const struct cli_option options[] = {
-    {"leave-running", 'R', CLI_FLAG, NULL, &leave_running,
+    {"leave-running", 'R', CLI_FLAG, NULL, &wanted.leave_running,
      "let the process go on afterwards; else it is ended"},
-    {"live", 'l', CLI_FLAG, NULL, &live,
+    {"live", 'l', CLI_FLAG, NULL, &wanted.live,
      "copy GPU memory while the process runs, so that it is stopped for less time"},
     {"bandwidth", 'b', CLI_STRING, "BYTES", &bandwidth,
      "with --live: copy at most so many bytes a second meanwhile, with K, M, G or T"},
-    {"parent", 'p', CLI_STRING, "PARENT", &parent,
+    {"parent", 'p', CLI_STRING, "PARENT", &wanted.parent,
      "share the GPU memory that this earlier checkpoint has already"},
-    {"compress", 'z', CLI_UINT, "LEVEL", &level,
+    {"compress", 'z', CLI_UINT, "LEVEL", &wanted.level,
      "compress GPU memory with zstd, from 1 (fast) to 19 (small)"},
-    {"driver-path", 0, CLI_FLAG, NULL, &driver_path,
+    {"driver-path", 0, CLI_FLAG, NULL, &wanted.driver_path,
      "ignore the agents: save GPU memory through the driver alone"},
-    {"allow-no-cuda", 0, CLI_FLAG, NULL, &allow_no_cuda, "also dump a process that does not use CUDA"},
-    {"no-space-check", 0, CLI_FLAG, NULL, &no_space_check, "begin even if the disk looks too small"},
-    {"sync", 0, CLI_FLAG, NULL, &sync_disk, "have it all on the disk before the process is ended"},
-    {"timeout", 't', CLI_UINT, "SECONDS", &timeout,
+    {"allow-no-cuda", 0, CLI_FLAG, NULL, &wanted.allow_no_cuda, "also dump a process that does not use CUDA"},
+    {"no-space-check", 0, CLI_FLAG, NULL, &wanted.no_space_check, "begin even if the disk looks too small"},
+    {"sync", 0, CLI_FLAG, NULL, &wanted.sync_disk, "have it all on the disk before the process is ended"},
+    {"timeout", 't', CLI_UINT, "SECONDS", &wanted.timeout,
      "how long CRIU may take to stop the processes (default 10)"},
     CLI_TRACE_OPTION,
     {"json", 'j', CLI_FLAG, NULL, &json, "print the result as one JSON object"},
@@ -42,13 +42,10 @@ static const struct cli_option options[] = {
 
 struct dump {
     pid_t pid;
+    const struct cli_dump_options *o;
     struct cli_criu criu;
     struct cli_directory dir;
-    uint32_t cuda, agents;
-    uint64_t gpu_bytes;
-    struct bn_phases phases;
-    uint64_t took, per_second;
-    struct cli_ahead ahead;
+    struct cli_dumped *out;
     char log_kept[PATH_MAX], parent[PATH_MAX];
     struct cli_cancel *cancel;
 };
@@ -66,15 +63,15 @@ static int ask_daemon(struct dump *d, int sock, struct bn_error *err)
     }
     if (bn_ctl_call(sock, BN_CTL_CHECK, &body, NULL, 0, NULL, NULL, buf, &reply, err) < 0)
         return cli_daemon_exit_code(err);
-    d->cuda = bn_read_u32(&reply);
-    d->agents = bn_read_u32(&reply);
-    d->gpu_bytes = bn_read_u64(&reply);
+    d->out->cuda = bn_read_u32(&reply);
+    d->out->agents = bn_read_u32(&reply);
+    d->out->gpu_bytes = bn_read_u64(&reply);
     if (reply.failed) {
         bn_error_set(err, EBADMSG, "check",
                      "bennud's answer makes no sense: are command and daemon of one version?");
         return CLI_FAILED;
     }
-    if (d->cuda == 0 && !allow_no_cuda) {
+    if (d->out->cuda == 0 && !d->o->allow_no_cuda) {
         bn_error_set(err, ENOTSUP, "check",
                      "process %d does not use CUDA, nor do its children: plain 'criu dump' saves it, or give "
                      "--allow-no-cuda",
@@ -88,20 +85,20 @@ static int check_space(const struct dump *d, struct bn_error *err)
 {
     char need[16], have[16];
     /* With a parent nobody knows yet how little of the GPU's memory is new. */
-    uint64_t wanted = (parent ? 0 : d->gpu_bytes) + cli_tree_memory(d->pid),
+    uint64_t needed = (d->o->parent ? 0 : d->out->gpu_bytes) + cli_tree_memory(d->pid),
              is_free = cli_free_space(d->dir.fd);
-    if (no_space_check || wanted <= is_free)
+    if (d->o->no_space_check || needed <= is_free)
         return 0;
     return bn_error_set(err, ENOSPC, "directory",
                         "%s has %s free and up to %s may be needed: free some, name another place, or give "
                         "--no-space-check",
-                        d->dir.path, cli_bytes(is_free, have), cli_bytes(wanted, need));
+                        d->dir.path, cli_bytes(is_free, have), cli_bytes(needed, need));
 }
 
 /* The plugin runs in CRIU, which inherits our environment. */
-static void tell_plugin(const char *variable, bool wanted)
+static void tell_plugin(const char *variable, bool yes)
 {
-    if (wanted)
+    if (yes)
         setenv(variable, "1", 1);
     else
         unsetenv(variable);
@@ -114,16 +111,16 @@ static int criu_options(const struct dump *d, struct bn_error *err)
     if (r < 0)
         return r;
     criu_set_pid(d->pid);
-    criu_set_leave_running(leave_running);
-    if (timeout)
-        criu_set_timeout(timeout);
+    criu_set_leave_running(d->o->leave_running);
+    if (d->o->timeout)
+        criu_set_timeout(d->o->timeout);
     if (access("/usr/sbin/iptables", X_OK) < 0 && access("/sbin/iptables", X_OK) < 0)
         criu_set_network_lock(CRIU_NETWORK_LOCK_NFTABLES);
-    tell_plugin("BENNU_DRIVER_PATH", driver_path);
-    tell_plugin("BENNU_SYNC", sync_disk);
-    snprintf(text, sizeof(text), "%u", level);
+    tell_plugin("BENNU_DRIVER_PATH", d->o->driver_path);
+    tell_plugin("BENNU_SYNC", d->o->sync_disk);
+    snprintf(text, sizeof(text), "%u", d->o->level);
     setenv("BENNU_COMPRESS", text, 1);
-    if (parent && !live) /* else what was copied ahead is of its family already */
+    if (d->o->parent && !d->o->live) /* else what was copied ahead is of its family already */
         setenv("BENNU_PARENT", d->parent, 1);
     else
         unsetenv("BENNU_PARENT");
@@ -171,7 +168,8 @@ static int failed(struct dump *d, int exit_code, struct bn_error *err)
     int sig = cli_cancel_signal(d->cancel);
     if (sig)
         return interrupted(d, sig, err);
-    keep_log(d);
+    if (!d->o->drop_log)
+        keep_log(d);
     cli_directory_discard(&d->dir);
     if (*d->log_kept) {
         size_t used = strlen(err->text);
@@ -183,7 +181,7 @@ static int failed(struct dump *d, int exit_code, struct bn_error *err)
 /* CRIU reports success only when our plugin let it; this is the last look before success is claimed. */
 static int check_result(struct dump *d, struct bn_error *err)
 {
-    if (d->cuda > 0 && bn_image_present(d->dir.fd) != 1)
+    if (d->out->cuda > 0 && bn_image_present(d->dir.fd) != 1)
         return bn_error_set(
             err, EIO, "criu",
             "CRIU finished but Bennu's plugin wrote no manifest to %s: this is no complete checkpoint",
@@ -195,8 +193,8 @@ static int check_result(struct dump *d, struct bn_error *err)
  * code. */
 static int copy_ahead(struct dump *d, int *sock, struct bn_error *err)
 {
-    bn_auto_fd from = parent ? open(d->parent, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
-    if (parent && from < 0) {
+    bn_auto_fd from = d->o->parent ? open(d->parent, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
+    if (d->o->parent && from < 0) {
         bn_error_set(err, errno, "parent", "cannot open the parent checkpoint %s: %m", d->parent);
         return CLI_FAILED;
     }
@@ -204,8 +202,8 @@ static int copy_ahead(struct dump *d, int *sock, struct bn_error *err)
     if (*sock < 0)
         return CLI_NO_DAEMON;
     struct cli_progress *progress = cli_progress_new("dump");
-    int r = cli_prepare(*sock, d->pid, d->dir.fd, from, d->per_second, level, progress, d->cancel, &d->ahead,
-                        err);
+    int r = cli_prepare(*sock, d->pid, d->dir.fd, from, d->o->per_second, d->o->level, progress, d->cancel,
+                        &d->out->ahead, err);
     cli_progress_free(progress);
     return r < 0 ? cli_daemon_exit_code(err) : CLI_OK;
 }
@@ -215,7 +213,7 @@ static int checkpoint(struct dump *d, int *sock, struct bn_error *err)
     struct cli_record record;
     struct cli_watch *watch = NULL;
     struct bn_error session = BN_ERROR_INIT;
-    int r = cli_record_make(d->pid, d->cuda > 0, d->criu.version, &record);
+    int r = cli_record_make(d->pid, d->out->cuda > 0, d->criu.version, &record);
     if (r == 0)
         r = cli_record_write(&record, d->dir.fd);
     cli_record_free(&record);
@@ -237,49 +235,56 @@ static int checkpoint(struct dump *d, int *sock, struct bn_error *err)
     cli_hush_libcriu(false);
     uint64_t criu_took = bn_now_ns() - began;
     cli_trace_criu(began, criu_took, d->dir.fd, "stats-dump");
-    int watched = cli_watch_finish(watch, result >= 0 && d->cuda > 0, &d->phases, &session);
-    d->took = bn_now_ns() - began;
+    int watched = cli_watch_finish(watch, result >= 0 && d->out->cuda > 0, &d->out->phases, &session);
+    d->out->took = bn_now_ns() - began;
     cli_progress_free(progress);
     criu_free_opts();
-    cli_add_phase(&d->phases, "CRIU, all of it", 0, criu_took);
+    cli_add_phase(&d->out->phases, "CRIU, all of it", 0, criu_took);
     if (result < 0) {
         describe_failure(d, result, watched < 0 ? &session : NULL, err);
         return failed(d, cli_daemon_exit_code(err), err);
     }
-    if (check_result(d, err) < 0)
-        return CLI_FAILED;
+    if (check_result(d, err) < 0) /* of a process that was ended it is all there is */
+        return d->o->leave_running ? failed(d, CLI_FAILED, err) : CLI_FAILED;
     return CLI_OK;
 }
 
-static void report(const struct dump *d)
+json_t *cli_json_dumped(pid_t pid, const struct cli_dump_options *o, const struct cli_dumped *d)
 {
-    char bytes[16], version[24];
+    char version[24];
+    cli_version_text(d->criu, version);
+    json_t *j = cli_json_ok();
+    json_object_set_new(j, "pid", json_integer(pid));
+    json_object_set_new(j, "directory", json_string(d->path));
+    json_object_set_new(j, "left_running", json_boolean(o->leave_running));
+    json_object_set_new(j, "cuda_processes", json_integer(d->cuda));
+    json_object_set_new(j, "agents", json_integer(d->agents));
+    json_object_set_new(j, "gpu_bytes", json_integer((json_int_t)d->gpu_bytes));
+    json_object_set_new(j, "criu_version", json_string(version));
+    json_object_set_new(j, "duration_s", json_real((double)d->took / 1e9));
+    json_object_set_new(j, "phases", cli_json_phases(&d->phases));
+    if (o->live)
+        json_object_set_new(j, "live", cli_json_ahead(&d->ahead));
+    return j;
+}
+
+static void report(pid_t pid, const struct cli_dumped *d)
+{
+    char bytes[16];
     if (json) {
-        cli_version_text(d->criu.version, version);
-        json_t *o = cli_json_ok();
-        json_object_set_new(o, "pid", json_integer(d->pid));
-        json_object_set_new(o, "directory", json_string(d->dir.path));
-        json_object_set_new(o, "left_running", json_boolean(leave_running));
-        json_object_set_new(o, "cuda_processes", json_integer(d->cuda));
-        json_object_set_new(o, "agents", json_integer(d->agents));
-        json_object_set_new(o, "gpu_bytes", json_integer((json_int_t)d->gpu_bytes));
-        json_object_set_new(o, "criu_version", json_string(version));
-        json_object_set_new(o, "duration_s", json_real((double)d->took / 1e9));
-        json_object_set_new(o, "phases", cli_json_phases(&d->phases));
-        if (live)
-            json_object_set_new(o, "live", cli_json_ahead(&d->ahead));
-        cli_print_json(o);
+        cli_print_json(cli_json_dumped(pid, &wanted, d));
     } else if (!quiet) {
-        if (live)
+        if (wanted.live)
             cli_print_ahead(&d->ahead);
         cli_print_phases(stdout, &d->phases, d->took);
-        printf("process %d (%u with CUDA, %s on the GPU) is in %s%s\n", d->pid, d->cuda,
-               cli_bytes(d->gpu_bytes, bytes), d->dir.path, leave_running ? " and goes on" : "");
+        printf("process %d (%u with CUDA, %s on the GPU) is in %s%s\n", pid, d->cuda,
+               cli_bytes(d->gpu_bytes, bytes), d->path, wanted.leave_running ? " and goes on" : "");
     }
 }
 
 static int check_parent(struct dump *d, struct bn_error *err)
 {
+    const char *parent = d->o->parent;
     bn_auto_manifest struct bn_manifest *m = NULL;
     bn_auto_fd fd = parent ? open(parent, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
     if (!parent)
@@ -314,37 +319,51 @@ static int prepare(struct dump *d, const char *path, int *sock, struct bn_error 
     return code;
 }
 
-static int dump(int argc, char **argv)
+int cli_dump_process(pid_t pid, const char *path, const struct cli_dump_options *o, struct cli_dumped *out,
+                     struct bn_error *err)
 {
-    struct bn_error err = BN_ERROR_INIT;
-    struct dump d = {.dir = {.fd = -1, .parent = -1, .lock = -1}};
+    *out = (struct cli_dumped){0};
+    struct dump d = {.pid = pid, .o = o, .out = out, .dir = {.fd = -1, .parent = -1, .lock = -1}};
     bn_auto_fd sock = -1;
     bn_auto_fd ahead = -1;
-    if (cli_parse_pid(argv[0], &d.pid) < 0)
+    d.cancel = cli_cancel_new();
+    int code = prepare(&d, path, &sock, err);
+    if (code == CLI_OK && o->live && out->cuda > 0 && (code = copy_ahead(&d, &ahead, err)) != CLI_OK)
+        code = failed(&d, code, err);
+    if (code == CLI_OK)
+        code = checkpoint(&d, &sock, err);
+    cli_cancel_free(d.cancel);
+    out->criu = d.criu.version;
+    if (code == CLI_OK)
+        snprintf(out->path, sizeof(out->path), "%s", d.dir.path);
+    cli_directory_close(&d.dir);
+    return code;
+}
+
+static int dump(int argc, char **argv)
+{
+    (void)argc;
+    pid_t pid;
+    struct bn_error err = BN_ERROR_INIT;
+    struct cli_dumped dumped;
+    if (cli_parse_pid(argv[0], &pid) < 0)
         return cli_usage("'%s' is not a process id", argv[0]);
-    if (level > BN_COMPRESS_MAX)
-        return cli_usage("--compress takes a level from 1 to %u, not %u", BN_COMPRESS_MAX, level);
-    if (bandwidth && !live)
+    if (wanted.level > BN_COMPRESS_MAX)
+        return cli_usage("--compress takes a level from 1 to %u, not %u", BN_COMPRESS_MAX, wanted.level);
+    if (bandwidth && !wanted.live)
         return cli_usage("--bandwidth is for what --live copies");
-    if (live && driver_path)
+    if (wanted.live && wanted.driver_path)
         return cli_usage("--live needs the agents that --driver-path ignores");
-    if (cli_parse_bandwidth(bandwidth, &d.per_second) < 0)
+    if (cli_parse_bandwidth(bandwidth, &wanted.per_second) < 0)
         return cli_usage("'%s' is no number of bytes a second", bandwidth);
     if (cli_trace_open("dump", &err) < 0)
         return cli_fail(CLI_FAILED, &err, json);
-    d.cancel = cli_cancel_new();
-    int code = prepare(&d, argv[1], &sock, &err);
-    if (code == CLI_OK && live && d.cuda > 0 && (code = copy_ahead(&d, &ahead, &err)) != CLI_OK)
-        code = failed(&d, code, &err);
-    if (code == CLI_OK)
-        code = checkpoint(&d, &sock, &err);
-    cli_cancel_free(d.cancel);
+    int code = cli_dump_process(pid, argv[1], &wanted, &dumped, &err);
     code = cli_trace_end(code, &err);
     if (code == CLI_OK)
-        report(&d);
+        report(pid, &dumped);
     else
         cli_fail(code, &err, json);
-    cli_directory_close(&d.dir);
     return code;
 }
 

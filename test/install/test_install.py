@@ -17,7 +17,8 @@ import unittest
 BUILD = os.environ["BENNU_BUILD"]
 SOURCE = os.environ["BENNU_SOURCE"]
 
-COMMANDS = ("check", "dump", "inspect", "install", "pre-dump", "ps", "restore", "resume", "run", "store", "suspend", "uninstall")
+COMMANDS = ("check", "dump", "inspect", "install", "pre-dump", "ps", "restore", "resume", "run", "store", "suspend", "uninstall",
+            "watch")
 
 
 def run(*command, **more):
