@@ -2,6 +2,7 @@
  * controller and in the program. Needs no root. */
 #include "child.h"
 #include "hold.h"
+#include "machine.h"
 
 #include "base/io.h"
 #include "base/proc.h"
@@ -658,6 +659,7 @@ static void test_fork(void **state)
 
 int main(void)
 {
+    own_machine("agent-evict");
     signal(SIGPIPE, SIG_IGN);
     cu_load(&sim, need_env("BENNU_DRIVER"), RTLD_NOW | RTLD_LOCAL);
     if (sim.cuInit(0) != CUDA_SUCCESS || sim.cuCtxCreate_v2(&sim_context, 0, 0) != CUDA_SUCCESS) {

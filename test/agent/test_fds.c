@@ -1,5 +1,6 @@
 /* The agent's descriptors in a program that forks, closes what is not its own, and has a limit. */
 #include "child.h"
+#include "machine.h"
 
 #include "base/proc.h"
 #include "wire/agent_client.h"
@@ -151,6 +152,7 @@ static void test_forks_meanwhile(void **state)
 
 int main(void)
 {
+    own_machine("agent-fds");
     signal(SIGPIPE, SIG_IGN);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_other_file_in_place),

@@ -1,6 +1,7 @@
 /* A program that fails to get GPU memory while the daemon holds some: this test is the daemon, with memory of the machine's only GPU
  * (64 MiB) in its hands. */
 #include "child.h"
+#include "machine.h"
 
 #include "base/io.h"
 #include "wire/agent_client.h"
@@ -282,6 +283,7 @@ static void remove_libraries(void)
 int main(void)
 {
     CUcontext context;
+    own_machine("agent-oom");
     signal(SIGPIPE, SIG_IGN);
     int copied = copy_libraries();
     atexit(remove_libraries);

@@ -9,6 +9,7 @@
 #include <cmocka.h>
 
 #include "cu.h"
+#include "machine.h"
 
 #include "base/proc.h"
 #include "wire/agent_client.h"
@@ -530,6 +531,7 @@ int main(void)
 {
     char path[] = "/tmp/bennu-agent-test-XXXXXX";
     int fd = mkstemp(path);
+    own_machine("agent-semantics");
     if (fd < 0)
         return 1;
     close(fd);

@@ -1,6 +1,7 @@
 /* Who may have a program's GPU memory open, as far as pages tell. The programs around it are named here: what else runs on the
  * machine does not count. */
 #include "child.h"
+#include "machine.h"
 
 #include "checkpoint/sharing.h"
 
@@ -204,6 +205,7 @@ int main(void)
     struct bn_error err = BN_ERROR_INIT;
     char path[] = "/tmp/bennu-agent-test-XXXXXX";
     int fd = mkstemp(path);
+    own_machine("agent-sharing");
     if (fd < 0)
         return 1;
     close(fd);

@@ -1,6 +1,7 @@
 /* Small allocations that share segments: to the program each is as if it were alone, and they are few to take away. This process is
  * the program and its controller; `cu` is the agent, `native` the driver behind it. */
 #include "hold.h"
+#include "machine.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -736,6 +737,7 @@ int main(void)
 {
     char path[] = "/tmp/bennu-agent-test-XXXXXX";
     int fd = mkstemp(path);
+    own_machine("agent-slabs");
     if (fd < 0)
         return 1;
     close(fd);
