@@ -48,7 +48,7 @@ struct cli_command {
 };
 
 extern const struct cli_command cli_run, cli_dump, cli_pre_dump, cli_restore, cli_suspend, cli_resume, cli_ps,
-    cli_inspect, cli_check, cli_install, cli_uninstall, cli_store, cli_watch_process;
+    cli_inspect, cli_export, cli_import, cli_check, cli_install, cli_uninstall, cli_store, cli_watch_process;
 
 /* Name of the command under way, for messages: "bennu dump". */
 extern const char *cli_name;

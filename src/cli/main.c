@@ -7,8 +7,9 @@
 #include <string.h>
 
 static const struct cli_command *const commands[] = {
-    &cli_run,     &cli_dump,  &cli_pre_dump, &cli_restore,   &cli_suspend, &cli_resume,       &cli_ps,
-    &cli_inspect, &cli_check, &cli_install,  &cli_uninstall, &cli_store,   &cli_watch_process};
+    &cli_run,    &cli_dump,    &cli_pre_dump,  &cli_restore, &cli_suspend,
+    &cli_resume, &cli_ps,      &cli_inspect,   &cli_export,  &cli_import,
+    &cli_check,  &cli_install, &cli_uninstall, &cli_store,   &cli_watch_process};
 
 static void print_help(FILE *out)
 {

@@ -10,7 +10,7 @@ import unittest
 import common
 from common import Case
 
-COMMANDS = ["run", "dump", "pre-dump", "restore", "suspend", "resume", "ps", "inspect", "check", "install", "uninstall", "store",
+COMMANDS = ["run", "dump", "pre-dump", "restore", "suspend", "resume", "ps", "inspect", "export", "import", "check", "install", "uninstall", "store",
             "watch"]
 
 

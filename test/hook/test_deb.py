@@ -75,7 +75,7 @@ class Package(unittest.TestCase):
 
     def test_control(self):
         fields = run("dpkg-deb", "-f", self.package)
-        for library in ("libc6", "libjansson4", "libprotobuf-c1", "libsystemd0", "liburing2", "libzstd1"):
+        for library in ("libarchive13", "libc6", "libjansson4", "libprotobuf-c1", "libsystemd0", "liburing2", "libzstd1"):
             self.assertRegex(fields, rf"\nDepends: .*\b{library}\b")
         self.assertRegex(fields, r"\nRecommends: criu \(>= 4\.0\)")
 
