@@ -18,7 +18,7 @@ BUILD = os.environ["BENNU_BUILD"]
 SOURCE = os.environ["BENNU_SOURCE"]
 
 COMMANDS = ("check", "dump", "inspect", "install", "pre-dump", "ps", "restore", "resume", "run", "store", "suspend", "uninstall",
-            "watch")
+            "watch", "export", "import")
 
 
 def run(*command, **more):
