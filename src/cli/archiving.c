@@ -4,7 +4,6 @@
 
 #include <errno.h>
 #include <poll.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -124,23 +123,6 @@ bool cli_archive_list_differs(const struct cli_archive_list *l, const char *othe
 }
 
 /* ---- reading and writing ---- */
-
-int cli_archive_take_signals(void)
-{
-    static const int list[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT};
-    sigset_t set;
-    sigemptyset(&set);
-    for (size_t i = 0; i < BN_ARRAY_SIZE(list); i++) {
-        struct sigaction now;
-        if (sigaction(list[i], NULL, &now) == 0 && now.sa_handler != SIG_IGN)
-            sigaddset(&set, list[i]);
-    }
-    int fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
-    if (fd < 0)
-        return -errno;
-    sigprocmask(SIG_BLOCK, &set, NULL);
-    return fd;
-}
 
 bool cli_archive_interrupted(struct cli_archive_io *io)
 {

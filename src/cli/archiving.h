@@ -44,9 +44,6 @@ struct cli_archive_io {
     int signal; /* that came, or 0 */
 };
 
-/* Block the signals that end a program, in this thread, but for those that whoever started us ignores. The descriptor, which the caller
- * closes, or negative errno. */
-int cli_archive_take_signals(void);
 /* Has a signal come? Then it is in io->signal. */
 bool cli_archive_interrupted(struct cli_archive_io *io);
 /* As read(2) and a write(2) of everything; -1 on an error, or when a signal came, with io->error (EINTR). */

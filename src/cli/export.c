@@ -296,7 +296,7 @@ static int put_in_place(struct export *x, struct bn_error *err)
 
 static int to_file(struct export *x, struct bn_error *err)
 {
-    bn_auto_fd signals = cli_archive_take_signals();
+    bn_auto_fd signals = cli_signals_fd();
     x->io.signals = signals;
     if (signals < 0)
         return bn_error_set(err, signals, "export", "cannot watch for signals: %s", strerror(-signals));

@@ -54,7 +54,7 @@ static int import(int argc, char **argv)
     }
     if (isatty(fd))
         return cli_usage("%s is a terminal: an archive comes from a file or a pipe", io.name);
-    bn_auto_fd signals = cli_archive_take_signals();
+    bn_auto_fd signals = cli_signals_fd();
     io.signals = signals;
     if (signals < 0) {
         bn_error_set(&err, signals, "import", "cannot watch for signals: %s", strerror(-signals));
