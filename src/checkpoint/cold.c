@@ -190,17 +190,7 @@ int bn_cold_open(int dirfd, struct bn_cold **out, struct bn_error *err)
 
 int bn_cold_write(struct bn_cold *c, uint64_t chunk, unsigned n, const void *data, struct bn_error *err)
 {
-    struct bn_pack_item items[BN_PACK_BATCH];
-    for (unsigned at = 0, count; at < n; at += count) {
-        count = n - at < BN_PACK_BATCH ? n - at : BN_PACK_BATCH;
-        for (unsigned i = 0; i < count; i++)
-            items[i] = (struct bn_pack_item){.chunk = (uint32_t)(chunk + at + i),
-                                             .data = (const uint8_t *)data + (at + i) * BN_CHUNK_SIZE};
-        int r = bn_pack_writer_add_batch(c->writer, items, count, err);
-        if (r < 0)
-            return r;
-    }
-    return 0;
+    return bn_pack_writer_add_run(c->writer, (uint32_t)chunk, n, data, err);
 }
 
 int bn_cold_finish(struct bn_cold *c, struct bn_error *err)

@@ -174,17 +174,10 @@ uint64_t bn_sending_bytes(const struct bn_sending *s)
 static int consume(void *arg, uint64_t chunk, unsigned nchunks, const void *data, struct bn_error *err)
 {
     const struct bn_sending *s = arg;
-    struct bn_pack_item items[BN_PACK_BATCH];
-    for (unsigned at = 0; at < nchunks;) {
-        unsigned n = nchunks - at < BN_PACK_BATCH ? nchunks - at : BN_PACK_BATCH;
-        for (unsigned i = 0; i < n; i++)
-            items[i] = (struct bn_pack_item){.chunk = (uint32_t)(s->part->image_chunk + chunk + at + i),
-                                             .data = (const uint8_t *)data + (at + i) * BN_CHUNK_SIZE};
-        int r = bn_pack_writer_add_batch(s->env->writer, items, n, err);
-        if (r < 0)
-            return r;
-        at += n;
-    }
+    int r =
+        bn_pack_writer_add_run(s->env->writer, (uint32_t)(s->part->image_chunk + chunk), nchunks, data, err);
+    if (r < 0)
+        return r;
     if (s->env->rate)
         bn_rate_pass(s->env->rate, nchunks * BN_CHUNK_SIZE);
     return 0;

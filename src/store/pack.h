@@ -69,6 +69,9 @@ int bn_pack_writer_add(struct bn_pack_writer *w, uint32_t chunk, const void *dat
 /* The same for up to BN_PACK_BATCH chunks, written together: one call, one piece of the file. */
 int bn_pack_writer_add_batch(struct bn_pack_writer *w, const struct bn_pack_item *items, size_t n,
                              struct bn_error *err);
+/* The same for chunks first .. first + n - 1, one behind the other in `data`; any number, batch by batch. */
+int bn_pack_writer_add_run(struct bn_pack_writer *w, uint32_t first, unsigned n, const void *data,
+                           struct bn_error *err);
 
 /* Note where a chunk with this hash (under the writer's key) is, without its bytes. 1: they are known: zero, stored in this image
  * (or just being stored by another thread), or in a parent; the chunk counts as added. 0: not known, nothing was

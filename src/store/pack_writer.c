@@ -393,6 +393,22 @@ int bn_pack_writer_add(struct bn_pack_writer *w, uint32_t chunk, const void *dat
     return bn_pack_writer_add_batch(w, &(struct bn_pack_item){chunk, data}, 1, err);
 }
 
+int bn_pack_writer_add_run(struct bn_pack_writer *w, uint32_t first, unsigned n, const void *data,
+                           struct bn_error *err)
+{
+    struct bn_pack_item items[BN_PACK_BATCH];
+    for (unsigned at = 0, count; at < n; at += count) {
+        count = n - at < BN_PACK_BATCH ? n - at : BN_PACK_BATCH;
+        for (unsigned i = 0; i < count; i++)
+            items[i] = (struct bn_pack_item){.chunk = first + at + i,
+                                             .data = (const uint8_t *)data + (at + i) * BN_CHUNK_SIZE};
+        int r = bn_pack_writer_add_batch(w, items, count, err);
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
 void bn_pack_writer_stats(const struct bn_pack_writer *w, struct bn_pack_stats *out)
 {
     struct bn_pack_writer *mutable = (struct bn_pack_writer *)w; /* the lock is all that changes */
