@@ -1,21 +1,12 @@
 /* The agent's descriptors in a program that forks, closes what is not its own, and has a limit. */
 #include "child.h"
+#include "hold.h"
 #include "machine.h"
 
 #include "base/proc.h"
-#include "wire/agent_client.h"
 
 #include <errno.h>
 #include <sched.h>
-
-#define CHECK(call)                                    \
-    do {                                               \
-        struct bn_error e_ = BN_ERROR_INIT;            \
-        struct bn_error *err = &e_;                    \
-        int r_ = (call);                               \
-        if (r_ < 0)                                    \
-            fail_msg("%s: %d %s", #call, r_, e_.text); \
-    } while (0)
 
 static struct bn_agent *attach(const struct child *c)
 {
@@ -25,18 +16,11 @@ static struct bn_agent *attach(const struct child *c)
     return a;
 }
 
-struct held {
-    struct bn_agent_segment *segs;
-    size_t n;
-    int fds[256];
-};
-
 static void take(struct bn_agent *a, struct held *h)
 {
     CHECK(bn_agent_close_gate(a, 10000, err));
-    CHECK(bn_agent_list(a, &h->segs, &h->n, err));
+    held_take(h, a);
     assert_in_range(h->n, 1, 256);
-    CHECK(bn_agent_export(a, h->segs, h->n, h->fds, err));
     CHECK(bn_agent_evict(a, err));
 }
 
@@ -44,9 +28,7 @@ static void give(struct bn_agent *a, struct held *h)
 {
     CHECK(bn_agent_import(a, h->segs, h->fds, h->n, err));
     CHECK(bn_agent_open_gate(a, err));
-    for (size_t i = 0; i < h->n; i++)
-        close(h->fds[i]);
-    free(h->segs);
+    held_free(h);
 }
 
 /* The program has put files there that look just like those that it closed: same device, same inode. */
@@ -54,7 +36,7 @@ static void test_other_file_in_place(void **state)
 {
     (void)state;
     struct child c;
-    struct held h;
+    struct held h = {0};
     struct bn_error said = BN_ERROR_INIT;
     child_start(&c, NULL);
     for (int i = 0; i < 3; i++)
@@ -66,12 +48,13 @@ static void test_other_file_in_place(void **state)
     int there = atoi(c.answer + 3);
     assert_true(there >= 3);
     CHECK(bn_agent_close_gate(a, 10000, err));
+    int fds[3];
     CHECK(bn_agent_list(a, &h.segs, &h.n, err));
     assert_int_equal(h.n, 3);
-    assert_int_equal(bn_agent_export(a, h.segs, h.n, h.fds, &said), -EIO);
+    assert_int_equal(bn_agent_export(a, h.segs, h.n, fds, &said), -EIO);
     assert_non_null(strstr(said.text, "closed the descriptor"));
     CHECK(bn_agent_open_gate(a, err));
-    free(h.segs);
+    held_free(&h);
     child_do(&c, "check 1");
     child_do(&c, "free 0");
     child_do(&c, "swapped");
@@ -106,7 +89,7 @@ static void test_limit_while_away(void **state)
 {
     (void)state;
     struct child c;
-    struct held h;
+    struct held h = {0};
     child_start(&c, NULL);
     for (int i = 0; i < 100; i++)
         child_do(&c, "vmm 2 1"); /* a segment each */
@@ -130,7 +113,7 @@ static void test_forks_meanwhile(void **state)
 {
     (void)state;
     struct child c;
-    struct held h;
+    struct held h = {0};
     int leaks = -1, forks = 0;
     child_start(&c, NULL);
     for (int i = 0; i < 128; i++)

@@ -64,6 +64,23 @@ static void answer(struct child *c, const char *expected)
     assert_string_equal(c->answer, expected);
 }
 
+static void finish(struct child *c, struct bn_agent *a)
+{
+    bn_agent_free(a);
+    child_end(c);
+}
+
+/* A program that tries to allocate, while the daemon says that it holds the memory. */
+static struct bn_agent *start_wanting(struct child *c, uint32_t hot, const char *command)
+{
+    child_start(c, NULL);
+    struct bn_agent *a = find(c);
+    hold();
+    assert_int_equal(bn_agent_announce_hot(a, hot), 0);
+    child_send(c, command);
+    return a;
+}
+
 /* Without a word of the daemon's: the driver's answer at once. */
 static void test_nobody_holds(void **state)
 {
@@ -77,8 +94,7 @@ static void test_nobody_holds(void **state)
     assert_int_equal(need_of(a).wanted_seq, 0);
     let_go();
     child_do(&c, "try 0 32");
-    bn_agent_free(a);
-    child_end(&c);
+    finish(&c, a);
 }
 
 /* Every way to allocate waits, and gets it. */
@@ -105,19 +121,14 @@ static void test_gets_it(void **state)
         assert_int_equal(need_of(a).wanted_bytes, 0);
         child_do(&c, "untry");
     }
-    bn_agent_free(a);
-    child_end(&c);
+    finish(&c, a);
 }
 
 static void test_asks_again(void **state)
 {
     (void)state;
     struct child c;
-    child_start(&c, NULL);
-    struct bn_agent *a = find(&c);
-    hold();
-    assert_int_equal(bn_agent_announce_hot(a, 1), 0);
-    child_send(&c, "try 0 32");
+    struct bn_agent *a = start_wanting(&c, 1, "try 0 32");
     struct bn_agent_want first = wanted(a);
     assert_int_equal(bn_agent_answer_want(a, first.seq, true), 0); /* it was not enough */
     struct bn_agent_want second = wanted(a);
@@ -126,8 +137,7 @@ static void test_asks_again(void **state)
     answer(&c, "no 2\n");
     assert_int_equal(need_of(a).wanted_seq, second.seq);
     let_go();
-    bn_agent_free(a);
-    child_end(&c);
+    finish(&c, a);
 }
 
 /* The last of it was let go of, and the daemon says no more. */
@@ -135,17 +145,12 @@ static void test_no_longer_hot(void **state)
 {
     (void)state;
     struct child c;
-    child_start(&c, NULL);
-    struct bn_agent *a = find(&c);
-    hold();
-    assert_int_equal(bn_agent_announce_hot(a, 1), 0);
-    child_send(&c, "try 0 32");
+    struct bn_agent *a = start_wanting(&c, 1, "try 0 32");
     wanted(a);
     let_go();
     assert_int_equal(bn_agent_announce_hot(a, 0), 0);
     answer(&c, "ok\n");
-    bn_agent_free(a);
-    child_end(&c);
+    finish(&c, a);
 }
 
 /* A daemon that was killed: found out once, then not waited for. */
@@ -153,11 +158,7 @@ static void test_dead_daemon(void **state)
 {
     (void)state;
     struct child c;
-    child_start(&c, NULL);
-    struct bn_agent *a = find(&c);
-    hold();
-    assert_int_equal(bn_agent_announce_hot(a, 77), 0);
-    child_send(&c, "try 0 32");
+    struct bn_agent *a = start_wanting(&c, 77, "try 0 32");
     answer(&c, "no 2\n");
     assert_int_equal(need_of(a).wanted_seq, 1);
     assert_int_equal(need_of(a).wanted_bytes, 0);
@@ -170,8 +171,7 @@ static void test_dead_daemon(void **state)
     let_go();
     assert_int_equal(bn_agent_answer_want(a, want.seq, true), 0);
     answer(&c, "ok\n");
-    bn_agent_free(a);
-    child_end(&c);
+    finish(&c, a);
 }
 
 /* Who waits stands outside of the gate. */
@@ -207,8 +207,7 @@ static void test_gate(void **state)
     free(segs);
     bn_agent_detach(a);
     child_do(&c, "check 1");
-    bn_agent_free(a);
-    child_end(&c);
+    finish(&c, a);
 }
 
 /* Several threads: each gets its turn. */
@@ -216,11 +215,7 @@ static void test_threads(void **state)
 {
     (void)state;
     struct child c;
-    child_start(&c, NULL);
-    struct bn_agent *a = find(&c);
-    hold();
-    assert_int_equal(bn_agent_announce_hot(a, 1), 0);
-    child_send(&c, "tries 4 10"); /* one of them finds room */
+    struct bn_agent *a = start_wanting(&c, 1, "tries 4 10"); /* one of them finds room */
     uint32_t refused = 0;
     do {
         struct bn_agent_want want = wanted(a);
@@ -239,8 +234,7 @@ static void test_threads(void **state)
             assert_int_equal(bn_agent_answer_want(a, want.seq, false), 0);
     } while (poll(&p, 1, 2) == 0);
     answer(&c, "ok 4\n");
-    bn_agent_free(a);
-    child_end(&c);
+    finish(&c, a);
 }
 
 /* Other daemons on the machine tell every program what they hold that has libbennu.so or libcuda.so mapped: ours has not. */
