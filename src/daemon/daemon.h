@@ -143,6 +143,8 @@ void bn_keep_budgets(struct daemon *d);
 bool bn_room_for_resume(struct daemon *d, const struct bn_suspended *s, struct bn_usage *where);
 /* Move one tree out of the memory of a GPU that `where` has something on (NULL: of any). False: there is none. */
 bool bn_let_go(struct daemon *d, const struct bn_usage *where);
+/* Do so until `bytes` are free on GPU dev (below BN_USAGE_GPUS) or nothing more can go. False: too little is free and nothing went. */
+bool bn_free_gpu(struct daemon *d, unsigned dev, uint64_t bytes);
 
 /* ---- allocations of others (need.c) ---- */
 

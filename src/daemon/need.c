@@ -94,19 +94,9 @@ struct want {
 static bool let_go(struct daemon *d, const struct bn_agent_want *want)
 {
     int dev = bn_gpu_find(d->env.gpu, want->uuid);
-    struct bn_usage where = {0};
     if (dev < 0 || (unsigned)dev >= BN_USAGE_GPUS)
         return false;
-    where.gpu[dev] = 1;
-    for (bool more = false;; more = true) {
-        uint64_t free_bytes, total;
-        if (bn_gpu_mem_info(d->env.gpu, (unsigned)dev, &free_bytes, &total, NULL) < 0)
-            return more;
-        if (want->bytes <= free_bytes && free_bytes - want->bytes >= SLACK)
-            return true;
-        if (!bn_let_go(d, &where))
-            return more;
-    }
+    return bn_free_gpu(d, (unsigned)dev, want->bytes < UINT64_MAX - SLACK ? want->bytes + SLACK : UINT64_MAX);
 }
 
 static void *serve(void *arg)

@@ -173,16 +173,18 @@ static uint64_t resident(pid_t pid)
     return (uint64_t)pages * (uint64_t)sysconf(_SC_PAGESIZE);
 }
 
-/* Until so much is free on the GPU, or nothing more can go. */
-static void free_gpu(struct daemon *d, unsigned dev, uint64_t bytes)
+bool bn_free_gpu(struct daemon *d, unsigned dev, uint64_t bytes)
 {
     struct bn_usage where = {0};
     where.gpu[dev] = 1;
-    for (;;) {
+    for (bool went = false;; went = true) {
         uint64_t free_bytes, total;
-        if (bn_gpu_mem_info(d->env.gpu, dev, &free_bytes, &total, NULL) < 0 || free_bytes >= bytes ||
-            !bn_let_go(d, &where))
-            return;
+        if (bn_gpu_mem_info(d->env.gpu, dev, &free_bytes, &total, NULL) < 0)
+            return went;
+        if (free_bytes >= bytes)
+            return true;
+        if (!bn_let_go(d, &where))
+            return went;
     }
 }
 
@@ -205,7 +207,7 @@ bool bn_room_for_resume(struct daemon *d, const struct bn_suspended *s, struct b
     for (unsigned dev = 0; dev < bn_gpu_count(d->env.gpu) && dev < BN_USAGE_GPUS; dev++) {
         somewhere = somewhere || where->gpu[dev];
         if (where->gpu[dev] || anywhere)
-            free_gpu(d, dev, where->gpu[dev] + anywhere);
+            bn_free_gpu(d, dev, where->gpu[dev] + anywhere);
     }
     return somewhere;
 }
