@@ -1,26 +1,45 @@
-/* What the gate costs: nanoseconds of the driver's cheapest gated call, direct and through the agent.
+/* What the gate costs: nanoseconds that the agent adds to a call of the driver.
  *
- * Usage: bench-gate AGENT DRIVER [THREADS]      with BENNU_DRIVER=DRIVER in the environment (it is set if missing)
- * Prints the median of 21 runs of each, taken in turn, and the difference. Both libraries are in one process, so the driver's
- * own share is the same code on the same data. */
+ * Usage: bench-gate [--threads N] [--kernels PTX] AGENT DRIVER
+ *
+ * Both libraries are in one process, so the driver's own share is the same code on the same data. Each line is of many pairs of
+ * runs, direct and through the agent by turns, and says the medians of both and the median and quartiles of the differences.
+ *
+ * cuCtxGetCurrent   the driver's cheapest gated call, again and again: all that it touches is in the first cache
+ * displaced         the same, but between two calls the first cache, much of the second, and the processor's first table of
+ *                   pages are filled with other data and code, as a call that works for microseconds does; each is timed alone
+ * cuLaunchKernel    (--kernels) launches of a kernel that does nothing much, 400 at a time, so that no queue is ever full
+ */
 #include "agent/api/api_table.h"
 
 #include <dlfcn.h>
+#include <getopt.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 
-#define RUNS 21
-#define CALLS 2000000
+#define HOT_RUNS 21
+#define HOT_CALLS 2000000
+#define COLD_RUNS 101
+#define COLD_CALLS 200
+#define COLD_BYTES (384u << 10) /* a second cache has 512 KiB and more, and is to keep some */
+#define COLD_CODE (48u << 10)
+#define LAUNCH_RUNS 301
+#define LAUNCHES 400
+#define RUNS_MAX 301
 
-typedef CUresult (*get_current_fn)(CUcontext *);
+static bn_pfn_cuCtxSetCurrent set_current;
+static bn_pfn_cuCtxSynchronize synchronize;
+static CUcontext ctx;
+static CUfunction function;
+static CUdeviceptr counter;
 
-struct job {
-    get_current_fn call;
-    CUresult (*set_current)(CUcontext);
-    CUcontext ctx;
-    double ns;
+struct side {
+    bn_pfn_cuCtxGetCurrent get_current;
+    bn_pfn_cuLaunchKernel launch;
 };
 
 static double now_ns(void)
@@ -30,28 +49,44 @@ static double now_ns(void)
     return (double)ts.tv_sec * 1e9 + (double)ts.tv_nsec;
 }
 
-static void *run(void *arg)
+static _Noreturn void give_up(const char *what, const char *why)
+{
+    fprintf(stderr, "bench-gate: %s: %s\n", what, why);
+    exit(1);
+}
+
+/* ---- three ways to call: nanoseconds a call ---------------------------------------------------------- */
+
+static int threads = 1;
+
+struct job {
+    const struct side *side;
+    double ns;
+};
+
+static void *hot_main(void *arg)
 {
     struct job *job = arg;
-    CUcontext ctx;
-    job->set_current(job->ctx);
+    bn_pfn_cuCtxGetCurrent call = job->side->get_current;
+    CUcontext unused;
+    set_current(ctx);
     double start = now_ns();
-    for (int i = 0; i < CALLS; i++)
-        job->call(&ctx);
-    job->ns = (now_ns() - start) / CALLS;
+    for (int i = 0; i < HOT_CALLS; i++)
+        call(&unused);
+    job->ns = (now_ns() - start) / HOT_CALLS;
     return NULL;
 }
 
-/* The mean over `threads` threads at once. */
-static double measure(struct job job, int threads)
+/* The mean over all threads. */
+static double hot(const struct side *side)
 {
     pthread_t ids[64];
     struct job jobs[64];
     double sum = 0;
     for (int i = 0; i < threads; i++) {
-        jobs[i] = job;
-        if (pthread_create(&ids[i], NULL, run, &jobs[i]) != 0)
-            exit(1);
+        jobs[i] = (struct job){side, 0};
+        if (pthread_create(&ids[i], NULL, hot_main, &jobs[i]) != 0)
+            give_up("pthread_create", "no thread");
     }
     for (int i = 0; i < threads; i++) {
         pthread_join(ids[i], NULL);
@@ -60,50 +95,166 @@ static double measure(struct job job, int threads)
     return sum / threads;
 }
 
+#if defined(__x86_64__)
+static const unsigned char return_code[] = {0xc3};
+#elif defined(__aarch64__)
+static const unsigned char return_code[] = {0xc0, 0x03, 0x5f, 0xd6};
+#else
+static const unsigned char return_code[] = {0};
+#endif
+
+static char *other_data, *other_code;
+
+static void displace_prepare(void)
+{
+    other_data = mmap(NULL, COLD_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    other_code = mmap(NULL, COLD_CODE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (other_data == MAP_FAILED || other_code == MAP_FAILED)
+        give_up("mmap", "no memory");
+    memset(other_data, 1, COLD_BYTES);
+    for (size_t at = 0; at < COLD_CODE; at += 64)
+        memcpy(other_code + at, return_code, sizeof(return_code));
+    __builtin___clear_cache(other_code, other_code + COLD_CODE);
+    if (return_code[0] == 0 || mprotect(other_code, COLD_CODE, PROT_READ | PROT_EXEC) < 0)
+        other_code = NULL;
+}
+
+static void displace(void)
+{
+    for (size_t at = 0; at < COLD_BYTES; at += 64)
+        ((volatile char *)other_data)[at]++;
+    for (size_t at = 0; other_code && at < COLD_CODE; at += 64) {
+        void (*code)(void);
+        char *address = other_code + at;
+        memcpy(&code, &address, sizeof(code));
+        code();
+    }
+}
+
 static int ascending(const void *a, const void *b)
 {
     double x = *(const double *)a, y = *(const double *)b;
     return x < y ? -1 : x > y;
 }
 
+/* The mean of all but the slowest tenth: free of interrupts, and finer than a clock with steps of 10 ns. */
+static double displaced(const struct side *side)
+{
+    double taken[COLD_CALLS], sum = 0;
+    CUcontext unused;
+    for (int i = 0; i < COLD_CALLS; i++) {
+        displace();
+        double start = now_ns();
+        side->get_current(&unused);
+        taken[i] = now_ns() - start;
+    }
+    qsort(taken, COLD_CALLS, sizeof(taken[0]), ascending);
+    for (int i = 0; i < COLD_CALLS * 9 / 10; i++)
+        sum += taken[i];
+    return sum / (COLD_CALLS * 9 / 10);
+}
+
+static double launches(const struct side *side)
+{
+    void *params[] = {&counter};
+    double start = now_ns();
+    for (int i = 0; i < LAUNCHES; i++)
+        if (side->launch(function, 1, 1, 1, 1, 1, 1, 0, NULL, params, NULL) != CUDA_SUCCESS)
+            give_up("cuLaunchKernel", "failed");
+    double taken = now_ns() - start;
+    if (synchronize() != CUDA_SUCCESS)
+        give_up("cuCtxSynchronize", "failed");
+    return taken / LAUNCHES;
+}
+
+/* ---- by turns --------------------------------------------------------------------------------------- */
+
+static void compare(const char *what, double (*run)(const struct side *), int runs, const struct side *direct,
+                    const struct side *gated)
+{
+    double a[RUNS_MAX], b[RUNS_MAX], more[RUNS_MAX];
+    run(direct);
+    run(gated);
+    for (int i = 0; i < runs; i++) {
+        if (i % 2)
+            a[i] = run(direct);
+        b[i] = run(gated);
+        if (i % 2 == 0)
+            a[i] = run(direct);
+        more[i] = b[i] - a[i];
+    }
+    qsort(a, (size_t)runs, sizeof(a[0]), ascending);
+    qsort(b, (size_t)runs, sizeof(b[0]), ascending);
+    qsort(more, (size_t)runs, sizeof(more[0]), ascending);
+    printf(
+        "%s: direct %.2f ns, gated %.2f ns, the gate costs %.2f ns (quartiles of %d pairs %.2f and %.2f)\n",
+        what, a[runs / 2], b[runs / 2], more[runs / 2], runs, more[runs / 4], more[runs * 3 / 4]);
+}
+
 static void *open_library(const char *path)
 {
     void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (!library) {
-        fprintf(stderr, "bench-gate: cannot open %s: %s\n", path, dlerror());
-        exit(1);
-    }
+    if (!library)
+        give_up(path, dlerror());
     return library;
+}
+
+static struct side side_of(void *library)
+{
+    return (struct side){(bn_pfn_cuCtxGetCurrent)dlsym(library, "cuCtxGetCurrent"),
+                         (bn_pfn_cuLaunchKernel)dlsym(library, "cuLaunchKernel")};
+}
+
+static void load_kernel(void *agent, const char *path)
+{
+    static char text[1 << 20];
+    CUmodule module;
+    FILE *f = fopen(path, "re");
+    if (!f || fread(text, 1, sizeof(text) - 1, f) == 0)
+        give_up(path, "cannot be read");
+    fclose(f);
+    bn_pfn_cuModuleLoadData load = (bn_pfn_cuModuleLoadData)dlsym(agent, "cuModuleLoadData");
+    bn_pfn_cuModuleGetFunction get = (bn_pfn_cuModuleGetFunction)dlsym(agent, "cuModuleGetFunction");
+    bn_pfn_cuMemAlloc_v2 allocate = (bn_pfn_cuMemAlloc_v2)dlsym(agent, "cuMemAlloc_v2");
+    if (load(&module, text) != CUDA_SUCCESS || get(&function, module, "bn_increment") != CUDA_SUCCESS ||
+        allocate(&counter, 8) != CUDA_SUCCESS)
+        give_up(path, "cannot be loaded");
 }
 
 int main(int argc, char **argv)
 {
-    if (argc < 3) {
-        fprintf(stderr, "usage: bench-gate AGENT DRIVER [THREADS]\n");
+    static const struct option longs[] = {
+        {"threads", required_argument, NULL, 't'}, {"kernels", required_argument, NULL, 'k'}, {0}};
+    const char *kernels = NULL;
+    for (int c; (c = getopt_long(argc, argv, "", longs, NULL)) != -1;) {
+        switch (c) {
+        case 't': threads = atoi(optarg); break;
+        case 'k': kernels = optarg; break;
+        default: argc = 0;
+        }
+    }
+    if (argc - optind != 2) {
+        fprintf(stderr, "usage: bench-gate [--threads N] [--kernels PTX] AGENT DRIVER\n");
         return 2;
     }
-    int threads = argc > 3 ? atoi(argv[3]) : 1;
     threads = threads < 1 ? 1 : threads > 64 ? 64 : threads;
-    setenv("BENNU_DRIVER", argv[2], 0);
-    void *agent = open_library(argv[1]), *driver = open_library(argv[2]);
-    CUcontext ctx;
-    CUresult (*init)(unsigned) = (CUresult(*)(unsigned))dlsym(agent, "cuInit");
+    setenv("BENNU_DRIVER", argv[optind + 1], 0);
+    void *agent = open_library(argv[optind]), *driver = open_library(argv[optind + 1]);
+    struct side direct = side_of(driver), gated = side_of(agent);
+    bn_pfn_cuInit init = (bn_pfn_cuInit)dlsym(agent, "cuInit");
     bn_pfn_cuCtxCreate_v2 create = (bn_pfn_cuCtxCreate_v2)dlsym(agent, "cuCtxCreate_v2");
-    if (init(0) != CUDA_SUCCESS || create(&ctx, 0, 0) != CUDA_SUCCESS) {
-        fprintf(stderr, "bench-gate: no CUDA device\n");
-        return 1;
+    set_current = (bn_pfn_cuCtxSetCurrent)dlsym(driver, "cuCtxSetCurrent");
+    synchronize = (bn_pfn_cuCtxSynchronize)dlsym(driver, "cuCtxSynchronize");
+    if (init(0) != CUDA_SUCCESS || create(&ctx, 0, 0) != CUDA_SUCCESS)
+        give_up("cuInit", "no CUDA device");
+    char what[64];
+    snprintf(what, sizeof(what), "cuCtxGetCurrent, %d thread(s)", threads);
+    compare(what, hot, HOT_RUNS, &direct, &gated);
+    displace_prepare();
+    compare("cuCtxGetCurrent, displaced", displaced, COLD_RUNS, &direct, &gated);
+    if (kernels) {
+        load_kernel(agent, kernels);
+        compare("cuLaunchKernel", launches, LAUNCH_RUNS, &direct, &gated);
     }
-    struct job through = {(get_current_fn)dlsym(agent, "cuCtxGetCurrent"), NULL, ctx, 0};
-    struct job direct = {(get_current_fn)dlsym(driver, "cuCtxGetCurrent"), NULL, ctx, 0};
-    through.set_current = direct.set_current = (CUresult(*)(CUcontext))dlsym(driver, "cuCtxSetCurrent");
-    double a[RUNS], b[RUNS];
-    for (int i = 0; i < RUNS; i++) {
-        a[i] = measure(through, threads);
-        b[i] = measure(direct, threads);
-    }
-    qsort(a, RUNS, sizeof(a[0]), ascending);
-    qsort(b, RUNS, sizeof(b[0]), ascending);
-    printf("cuCtxGetCurrent, %d thread(s): direct %.2f ns, gated %.2f ns, the gate costs %.2f ns\n", threads,
-           b[RUNS / 2], a[RUNS / 2], a[RUNS / 2] - b[RUNS / 2]);
     return 0;
 }

@@ -117,7 +117,8 @@ def targets(sizes):
     for key, text in LOOPS.items():
         row("overhead", f"under the agent, {text}: slower by", "%", 1, "lower",
             lambda m, k=key: (m(f"loop.{k}.with") / m(f"loop.{k}.without") - 1) * 100, f"loop.{key}.with", f"loop.{key}.without")
-    row("gate", "a gated call costs more by", "ns", 15, "lower", lambda m: m("gate.cost"), "gate.cost")
+    for key, text in (("gate", "a gated call"), ("gate.cold", "a gated call with other code and data in the caches"), ("gate.launch", "a gated launch")):
+        row("gate", f"{text} costs more by", "ns", 15, "lower", lambda m, k=key: m(f"{k}.cost"), f"{key}.cost")
     row("rest", "daemon at rest: CPU", "%", 0, "lower", lambda m: m("rest.cpu"), "rest.cpu")
     row("rest", "daemon at rest: GPU memory beyond its context", "bytes", 0, "lower", lambda m: max(0, m("rest.gpu") - m("rest.context")),
         "rest.gpu", "rest.context")

@@ -41,7 +41,7 @@ class Steps(libsteps_live.LiveSteps):
 
     def all(self):
         """(name, function, limit in s, expected in s), in the order to run them in: what is cheap and what others rest on goes first."""
-        return [("link", self.link, 120, 20), ("gate", self.gate, 60, 6), ("hash", self.hash, 120, 15),
+        return [("link", self.link, 120, 20), ("gate", self.gate, 90, 20), ("hash", self.hash, 120, 15),
                 ("rest", self.rest, 90, 30), ("suspend", self.suspend, 180, 55), ("driver", self.driver, 200, 80), ("blocks", self.blocks, 150, 50), ("gpu-tier", self.gpu_tier, 150, 30),
                 ("overhead", self.overhead, 240, 100), ("pytorch", self.pytorch, 300, 120), ("load", self.load, 200, 60),
                 ("live", self.live, 240, 120), ("rewrite", self.rewrite, 150, 35), ("copying", self.copying, 280, 120),
@@ -75,17 +75,20 @@ class Steps(libsteps_live.LiveSteps):
             self.add(key, name, float(m[1]), "GB/s", "higher", f"best of {rounds} rounds of 8 copies of 1 GiB at most: the limit")
 
     def gate(self):
-        """Nanoseconds that the agent's gate adds to the driver's cheapest call."""
-        costs, direct = [], []
+        """Nanoseconds that the agent's gate adds to a call: to the driver's cheapest, and to a launch."""
+        found = {}
         for _ in range(self.s["rounds"]):
-            out = self.t.tool("bench-gate", self.t.agent, self.t.driver, timeout=30)
-            m = re.search(r"direct ([\d.]+) ns, gated ([\d.]+) ns, the gate costs (-?[\d.]+) ns", out)
-            if not m:
-                raise Failed(f"bench-gate said {out[-500:]}")
-            costs.append(float(m[3]))
-            direct.append(float(m[1]))
-        self.add("gate.cost", "the gate: cuCtxGetCurrent through the agent, more", costs, "ns", note="each the difference of two medians of 21 runs")
-        self.add("gate.direct", "cuCtxGetCurrent, the driver alone", direct, "ns")
+            out = self.t.tool("bench-gate", "--kernels", ROOT / "sim/kernels.ptx", self.t.agent, self.t.driver, timeout=50)
+            for name, direct, cost in re.findall(r"^(.*?): direct ([\d.]+) ns, gated [\d.]+ ns, the gate costs (-?[\d.]+) ns", out, re.M):
+                found.setdefault(name.split(", 1 thread")[0], []).append((float(direct), float(cost)))
+        for key, name, text in (("gate", "cuCtxGetCurrent", "cuCtxGetCurrent"),
+                                ("gate.cold", "cuCtxGetCurrent, displaced", "cuCtxGetCurrent with other code and data in the caches"),
+                                ("gate.launch", "cuLaunchKernel", "cuLaunchKernel")):
+            if name not in found:
+                raise Failed(f"bench-gate said nothing of {name}\n{out[-800:]}")
+            self.add(f"{key}.cost", f"the gate: {text} through the agent, more", [c for _, c in found[name]], "ns",
+                     note="each the median of the differences of many pairs of runs, by turns in one process")
+            self.add(f"{key}.direct", f"{text}, the driver alone", [d for d, _ in found[name]], "ns")
 
     def rest(self):
         """The daemon with nothing to do, before and after it has worked."""
