@@ -305,7 +305,8 @@ int capacity_lock(void)
     return fd;
 }
 
-bool capacity_take(int lock_fd, int physical, uint64_t size)
+/* Does it fit? If so, and with `take`, it is noted. */
+static bool fits(int lock_fd, int physical, uint64_t size, bool take)
 {
     struct ledger ledger = {0};
     uint64_t used;
@@ -326,8 +327,23 @@ bool capacity_take(int lock_fd, int physical, uint64_t size)
         used = capacity_used(physical);
     if (used + size > sim.memory)
         return false;
-    ledger.used[physical] = used + size;
+    ledger.used[physical] = take ? used + size : used;
     return pwrite(lock_fd, &ledger, sizeof(ledger), 0) == (ssize_t)sizeof(ledger);
+}
+
+bool capacity_take(int lock_fd, int physical, uint64_t size)
+{
+    return fits(lock_fd, physical, size, true);
+}
+
+bool capacity_has(int physical, uint64_t size)
+{
+    int lock = capacity_lock();
+    bool has = fits(lock, physical, size, false);
+
+    if (lock >= 0)
+        close(lock);
+    return has;
 }
 
 /* ---- Physical allocations ---- */

@@ -330,6 +330,7 @@ void phys_settle(struct phys *phys);         /* frees it when nothing holds it *
 uint64_t capacity_used(int physical);        /* bytes alive on a device; no lock, no malloc */
 int capacity_lock(void);                     /* a descriptor to close, or -1 */
 bool capacity_take(int lock_fd, int physical, uint64_t size); /* false: does not fit */
+bool capacity_has(int physical, uint64_t size);               /* it would fit now */
 int capacity_device_of(int fd);                               /* physical device of a memfd, -1: not ours */
 int phys_ordinal(int physical);                               /* ordinal that stands for it, -1: none */
 

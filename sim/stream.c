@@ -251,6 +251,9 @@ static CUresult find(CUstream handle, struct sim_ctx **ctx, struct sim_stream **
     return rc == CUDA_SUCCESS ? stream_resolve(handle, *ctx, stream) : rc;
 }
 
+/* The real driver takes device memory for a stream, and cannot make one on a full device. Here it has to be free, and is not taken. */
+#define STREAM_BYTES ((uint64_t)2 << 20)
+
 SIM_FN(cuStreamCreateWithPriority, 0, (CUstream * out, unsigned flags, int priority), (out, flags, priority))
 {
     struct sim_ctx *ctx;
@@ -262,6 +265,8 @@ SIM_FN(cuStreamCreateWithPriority, 0, (CUstream * out, unsigned flags, int prior
 
     if (rc != CUDA_SUCCESS)
         return rc;
+    if (!capacity_has(sim.physical[ctx->ordinal], STREAM_BYTES))
+        return CUDA_ERROR_OUT_OF_MEMORY;
     struct sim_stream *stream = stream_new(ctx, flags, priority < -5 ? -5 : priority > 0 ? 0 : priority);
 
     if (!stream)

@@ -1,6 +1,6 @@
 /* Direct copies between a set and pinned memory.
  *
- * Two streams take turns, each with batches of up to 64 MiB; four batches are under way at a time. That
+ * Two lanes take turns, each with batches of up to 64 MiB; four batches are under way at a time. That
  * keeps the link busy whatever the size of the pieces, and bounds what a cancelled job still has to wait
  * for. */
 #include "gpu/copy.h"
@@ -9,44 +9,40 @@
 
 #define BATCH (UINT64_C(64) << 20)
 #define DEPTH 4u
-#define STREAMS 2u
-
-struct batch {
-    CUevent event;
-    uint64_t bytes; /* 0: idle */
-};
+#define LANES 2u
 
 struct direct {
     struct bn_copy *job;
     const struct bn_driver *cu;
-    CUstream streams[STREAMS];
-    struct batch batches[DEPTH];
+    struct bn_gpu_lane *lanes[LANES];
+    uint64_t batches[DEPTH]; /* bytes of each; 0: idle */
 };
 
 static int direct_open(struct direct *d)
 {
+    unsigned dev = bn_gpu_set_device(d->job->spec.set);
     CUresult c = CUDA_SUCCESS;
-    for (unsigned i = 0; i < STREAMS && c == CUDA_SUCCESS; i++)
-        c = d->cu->StreamCreate(&d->streams[i], CU_STREAM_NON_BLOCKING);
-    for (unsigned i = 0; i < DEPTH && c == CUDA_SUCCESS; i++)
-        c = d->cu->EventCreate(&d->batches[i].event, CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING);
+    for (unsigned i = 0; i < LANES && c == CUDA_SUCCESS; i++)
+        c = bn_gpu_lane_take(d->job->gpu, dev, d->job->spec.mode == BN_COPY_FROM_HOST, &d->lanes[i]);
     if (c == CUDA_SUCCESS)
         return 0;
-    bn_copy_fail_cuda(d->job, c, "making a copy stream");
+    bn_copy_fail_cuda(d->job, c, "making ready for a copy");
     return -EIO;
 }
 
 static void direct_close(struct direct *d)
 {
-    for (unsigned i = 0; i < STREAMS; i++) {
-        if (!d->streams[i])
-            continue;
-        d->cu->StreamSynchronize(d->streams[i]); /* after a failure something may still be under way */
-        d->cu->StreamDestroy(d->streams[i]);
+    for (unsigned i = 0; i < LANES; i++) {
+        if (d->lanes[i]) /* after a failure something may still be under way */
+            d->cu->StreamSynchronize(d->lanes[i]->stream);
+        bn_gpu_lane_return(d->job->gpu, bn_gpu_set_device(d->job->spec.set), d->lanes[i]);
     }
-    for (unsigned i = 0; i < DEPTH; i++)
-        if (d->batches[i].event)
-            d->cu->EventDestroy(d->batches[i].event);
+}
+
+/* Of batch i: each lane has the events of two that are under way. */
+static CUevent event_of(const struct direct *d, unsigned i)
+{
+    return d->lanes[i % LANES]->events[i / LANES % 2];
 }
 
 /* Start copies of one extent's range, piece by contiguous piece. */
@@ -71,34 +67,37 @@ static CUresult issue(struct direct *d, CUstream stream, uint64_t off, uint64_t 
 }
 
 /* False: nothing left to start, or failed. */
-static bool batch_start(struct direct *d, struct batch *b, CUstream stream)
+static bool batch_start(struct direct *d, unsigned i)
 {
+    uint64_t *batch = &d->batches[i % DEPTH];
+    CUstream stream = d->lanes[i % LANES]->stream;
     uint64_t off, bytes, mem_off;
     CUresult c = CUDA_SUCCESS;
-    while (b->bytes < BATCH && c == CUDA_SUCCESS &&
-           bn_copy_next(d->job, BATCH - b->bytes, &off, &bytes, &mem_off)) {
+    while (*batch < BATCH && c == CUDA_SUCCESS &&
+           bn_copy_next(d->job, BATCH - *batch, &off, &bytes, &mem_off)) {
         c = issue(d, stream, off, bytes, mem_off);
-        b->bytes += bytes;
+        *batch += bytes;
     }
-    if (b->bytes > 0 && c == CUDA_SUCCESS)
-        c = d->cu->EventRecord(b->event, stream);
+    if (*batch > 0 && c == CUDA_SUCCESS)
+        c = d->cu->EventRecord(event_of(d, i), stream);
     if (c != CUDA_SUCCESS) {
-        b->bytes = 0;
+        *batch = 0;
         bn_copy_fail_cuda(d->job, c, "starting a copy");
     }
-    return b->bytes > 0;
+    return *batch > 0;
 }
 
-static void batch_finish(struct direct *d, struct batch *b)
+static void batch_finish(struct direct *d, unsigned i)
 {
-    if (b->bytes == 0)
+    uint64_t *batch = &d->batches[i % DEPTH];
+    if (*batch == 0)
         return;
-    CUresult c = d->cu->EventSynchronize(b->event);
+    CUresult c = d->cu->EventSynchronize(event_of(d, i));
     if (c != CUDA_SUCCESS)
         bn_copy_fail_cuda(d->job, c, "a copy");
     else
-        atomic_fetch_add(&d->job->done, b->bytes);
-    b->bytes = 0;
+        atomic_fetch_add(&d->job->done, *batch);
+    *batch = 0;
 }
 
 void bn_copy_direct(struct bn_copy *job)
@@ -113,11 +112,11 @@ void bn_copy_direct(struct bn_copy *job)
     if (direct_open(&d) == 0) {
         bool more = true;
         for (unsigned i = 0; more; i++) {
-            batch_finish(&d, &d.batches[i % DEPTH]);
-            more = batch_start(&d, &d.batches[i % DEPTH], d.streams[i % STREAMS]);
+            batch_finish(&d, i);
+            more = batch_start(&d, i);
             if (!more) /* the oldest first */
                 for (unsigned k = 1; k <= DEPTH; k++)
-                    batch_finish(&d, &d.batches[(i + k) % DEPTH]);
+                    batch_finish(&d, i + k);
         }
     }
     direct_close(&d);

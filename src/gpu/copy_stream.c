@@ -1,6 +1,6 @@
 /* Streamed copies: a set on one side, a callback on the other, staging buffers between.
  *
- * Every worker thread has a stream and two buffers of its own and needs no other worker: while its
+ * Every worker thread has a lane and two buffers of its own and needs no other worker: while its
  * callback works on one buffer the other one is being copied. Buffers of all workers queue up at the GPU's
  * copy engine, which takes them in turn. The buffers are lent by the copier; a worker whose job has more of them than
  * another's gives them back between two pieces, and waits for its next turn. */
@@ -18,7 +18,7 @@ struct slot {
 struct worker {
     struct bn_copy *job;
     const struct bn_driver *cu;
-    CUstream stream;
+    struct bn_gpu_lane *lane;
     struct slot slots[2];
     uint64_t piece; /* bytes at a time */
     pthread_t thread;
@@ -27,33 +27,26 @@ struct worker {
 
 static int worker_open(struct worker *w)
 {
-    const unsigned flags = CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING;
-    CUresult c = w->cu->StreamCreate(&w->stream, CU_STREAM_NON_BLOCKING);
-    for (unsigned i = 0; i < 2 && c == CUDA_SUCCESS; i++)
-        c = w->cu->EventCreate(&w->slots[i].event, flags);
-    if (c == CUDA_SUCCESS)
-        return 0;
-    bn_copy_fail_cuda(w->job, c, "making a copy stream");
-    return -EIO;
-}
-
-static void worker_close(struct worker *w)
-{
-    if (w->stream)
-        w->cu->StreamDestroy(w->stream);
+    CUresult c = bn_gpu_lane_take(w->job->gpu, bn_gpu_set_device(w->job->spec.set),
+                                  w->job->spec.mode == BN_COPY_IN, &w->lane);
+    if (c != CUDA_SUCCESS) {
+        bn_copy_fail_cuda(w->job, c, "making ready for a copy");
+        return -EIO;
+    }
     for (unsigned i = 0; i < 2; i++)
-        if (w->slots[i].event)
-            w->cu->EventDestroy(w->slots[i].event);
+        w->slots[i].event = w->lane->events[i];
+    return 0;
 }
 
 /* Start the copy of a slot. False: failed, the slot is idle. */
 static bool slot_start(struct worker *w, struct slot *s)
 {
     CUdeviceptr dev = bn_gpu_set_ptr(w->job->spec.set) + s->off;
-    CUresult c = w->job->spec.mode == BN_COPY_OUT ? w->cu->MemcpyDtoHAsync(s->data, dev, s->bytes, w->stream)
-                                                  : w->cu->MemcpyHtoDAsync(dev, s->data, s->bytes, w->stream);
+    CUresult c = w->job->spec.mode == BN_COPY_OUT
+                     ? w->cu->MemcpyDtoHAsync(s->data, dev, s->bytes, w->lane->stream)
+                     : w->cu->MemcpyHtoDAsync(dev, s->data, s->bytes, w->lane->stream);
     if (c == CUDA_SUCCESS)
-        c = w->cu->EventRecord(s->event, w->stream);
+        c = w->cu->EventRecord(s->event, w->lane->stream);
     if (c != CUDA_SUCCESS) {
         s->bytes = 0;
         bn_copy_fail_cuda(w->job, c, "starting a copy");
@@ -145,7 +138,8 @@ static void run_turns(struct worker *w)
             w->slots[k].data = bn_mem_piece(pair[k], 0, NULL, NULL);
         done = w->job->spec.mode == BN_COPY_OUT ? run_out(w) : run_in(w);
         if (done)
-            w->cu->StreamSynchronize(w->stream); /* after a failure something may still reach the buffers */
+            w->cu->StreamSynchronize(
+                w->lane->stream); /* after a failure something may still reach the buffers */
         bn_copier_return(w->job->copier, w->job, pair);
     }
 }
@@ -161,7 +155,7 @@ static void *worker_run(void *arg)
     }
     if (worker_open(w) == 0)
         run_turns(w);
-    worker_close(w);
+    bn_gpu_lane_return(w->job->gpu, bn_gpu_set_device(w->job->spec.set), w->lane);
     bn_gpu_leave(w->job->gpu);
     return NULL;
 }

@@ -22,6 +22,16 @@ int bn_gpu_find(const struct bn_gpu *gpu, const uint8_t uuid[16])
     return -ENODEV;
 }
 
+static CUresult make_lanes(struct bn_gpu *gpu, unsigned dev, CUcontext ctx)
+{
+    CUresult r = gpu->cu.CtxPushCurrent(ctx);
+    if (r != CUDA_SUCCESS)
+        return r;
+    r = bn_gpu_lanes_make(gpu, dev);
+    gpu->cu.CtxPopCurrent(&ctx);
+    return r;
+}
+
 /* The primary context is kept once made: making one costs more than anything else a suspend does on a
  * small process. */
 static int context(struct bn_gpu *gpu, unsigned dev, CUcontext *out, const char *stage, struct bn_error *err)
@@ -38,6 +48,8 @@ static int context(struct bn_gpu *gpu, unsigned dev, CUcontext *out, const char 
         gpu->cu.DevicePrimaryCtxSetFlags(d->cu, CU_CTX_SCHED_BLOCKING_SYNC);
         CUcontext ctx;
         r = gpu->cu.DevicePrimaryCtxRetain(&ctx, d->cu);
+        if (r == CUDA_SUCCESS && (r = make_lanes(gpu, dev, ctx)) != CUDA_SUCCESS)
+            gpu->cu.DevicePrimaryCtxRelease(d->cu);
         if (r == CUDA_SUCCESS)
             __atomic_store_n(&d->ctx, ctx, __ATOMIC_RELEASE);
     }
@@ -78,7 +90,10 @@ unsigned bn_gpu_any_warm(struct bn_gpu *gpu)
 int bn_gpu_warm(struct bn_gpu *gpu, unsigned dev, struct bn_error *err)
 {
     CUcontext ctx;
-    return context(gpu, dev, &ctx, "context", err);
+    int r = context(gpu, dev, &ctx, "context", err);
+    if (r == 0)
+        bn_gpu_lanes_use(gpu, dev);
+    return r;
 }
 
 int bn_gpu_mem_info(struct bn_gpu *gpu, unsigned dev, uint64_t *free_bytes, uint64_t *total,

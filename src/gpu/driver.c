@@ -210,8 +210,13 @@ void bn_gpu_close(struct bn_gpu *gpu)
          i++) /* all of them first: their pinned memory belongs to every device */
         bn_gpu_hash_free(gpu, i);
     for (unsigned i = 0; i < gpu->count; i++) {
-        if (gpu->devices[i].ctx)
+        if (gpu->devices[i].ctx) {
+            bool entered = bn_gpu_enter(gpu, i, "close", NULL) == 0;
+            bn_gpu_lanes_free(gpu, i);
+            if (entered)
+                bn_gpu_leave(gpu);
             gpu->cu.DevicePrimaryCtxRelease(gpu->devices[i].cu);
+        }
         pthread_mutex_destroy(&gpu->devices[i].lock);
     }
     free(gpu->devices);

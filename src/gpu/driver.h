@@ -49,6 +49,8 @@
     F(MemcpyDtoHAsync, cuMemcpyDtoHAsync_v2, (void *dst, CUdeviceptr src, size_t len, CUstream stream)) \
     F(MemcpyHtoDAsync, cuMemcpyHtoDAsync_v2,                                                            \
       (CUdeviceptr dst, const void *src, size_t len, CUstream stream))                                  \
+    F(MemcpyDtoDAsync, cuMemcpyDtoDAsync_v2,                                                            \
+      (CUdeviceptr dst, CUdeviceptr src, size_t len, CUstream stream))                                  \
     F(StreamCreate, cuStreamCreate, (CUstream * stream, unsigned flags))                                \
     F(StreamDestroy, cuStreamDestroy_v2, (CUstream stream))                                             \
     F(StreamSynchronize, cuStreamSynchronize, (CUstream stream))                                        \
@@ -82,8 +84,9 @@ struct bn_driver {
 struct bn_gpu_device {
     struct bn_gpu_info info;
     CUdevice cu;
-    pthread_mutex_t lock;           /* of ctx and hashing */
+    pthread_mutex_t lock;           /* of ctx, hashing, and making lanes */
     CUcontext ctx;                  /* primary, retained; NULL until first needed */
+    struct bn_gpu_lanes *lanes;     /* lanes.c; made with the context */
     struct bn_gpu_hashing *hashing; /* hash.c; NULL until first needed */
 };
 
@@ -103,6 +106,28 @@ void bn_gpu_leave(struct bn_gpu *gpu);
 
 /* A device that has its context already, or 0. For what is the same on every device. */
 unsigned bn_gpu_any_warm(struct bn_gpu *gpu);
+
+/* ---- What threads that copy work with (lanes.c) --------------------------------------------------------- */
+
+struct bn_gpu_lanes;
+
+struct bn_gpu_lane {
+    CUstream stream; /* others may use it at the same time */
+    CUevent events[2];
+    unsigned *users;
+    struct bn_gpu_lane *next;
+};
+
+/* With the context current. `in`: it is to copy from the host to the device. Neither waits nor takes device memory. */
+CUresult bn_gpu_lane_take(struct bn_gpu *gpu, unsigned dev, bool in, struct bn_gpu_lane **out);
+/* Nothing of what was put into the stream may be under way. NULL is allowed. */
+void bn_gpu_lane_return(struct bn_gpu *gpu, unsigned dev, struct bn_gpu_lane *lane);
+
+/* With the context current, by the one who makes it. */
+CUresult bn_gpu_lanes_make(struct bn_gpu *gpu, unsigned dev);
+void bn_gpu_lanes_free(struct bn_gpu *gpu, unsigned dev);
+/* Copy a little through each stream, once: what the driver makes at the first use is there afterwards. A failure does not matter. */
+void bn_gpu_lanes_use(struct bn_gpu *gpu, unsigned dev);
 
 /* Free what hash.c holds on the device; before its context goes. */
 void bn_gpu_hash_free(struct bn_gpu *gpu, unsigned dev);

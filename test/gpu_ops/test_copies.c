@@ -107,6 +107,34 @@ static void direct(void **state)
     bn_gpu_set_free(set);
 }
 
+/* Nothing is left on the device: what copies need was made with the context. */
+static void full_device(void **state)
+{
+    struct bn_error err = BN_ERROR_INIT;
+    struct bn_gpu_set *set = some_set(1, 6), *rest = NULL;
+    uint64_t bytes = bn_gpu_set_bytes(set);
+    struct bn_mem *mem = get(bytes);
+    if (!bn_gpu_simulated(gpu)) /* there may be others that allocate on a real one */
+        skip();
+    assert_int_equal(set_fill(copier, set, 31), 0);
+    struct bn_gpu_block all = {.size = gpu_free(1)};
+    assert_ok(bn_gpu_set_create(gpu, 1, &all, 1, &rest, &err), &err);
+    assert_int_equal(gpu_free(1), 0);
+
+    struct bn_copy_spec spec = {.mode = BN_COPY_TO_HOST, .set = set, .mem = mem};
+    assert_ok(run(&spec, &err), &err);
+    assert_int_equal(mem_check(mem, 31), 0);
+    assert_int_equal(set_check(copier, set, 31), 0);
+    mem_pattern(mem, 32);
+    spec.mode = BN_COPY_FROM_HOST;
+    assert_ok(run(&spec, &err), &err);
+    assert_int_equal(set_check(copier, set, 32), 0);
+    assert_int_equal(set_fill(copier, set, 33), 0);
+    bn_gpu_set_free(rest);
+    bn_gpu_set_free(set);
+    bn_mem_free(mem);
+}
+
 /* Chunks of the set in reverse order, from memory that lies in pieces; odd lengths; what is not named
  * stays as it was. */
 static void direct_extents(void **state)
@@ -543,6 +571,24 @@ static void held_buffers(void **state)
     bn_copier_free(c);
 }
 
+/* What copies need is made with the context or not at all, and then at the next try. */
+static void context_fails(void **state)
+{
+    static const char *const rules[] = {
+        "cuDevicePrimaryCtxRetain:1=2", "cuCtxPushCurrent:1=2", "cuStreamCreate:1=2",
+        "cuStreamCreate:7=2",           "cuEventCreate:2=2",    "cuEventCreate:33=2"};
+    for (size_t i = 0; i < BN_ARRAY_SIZE(rules); i++) {
+        struct bn_error err = BN_ERROR_INIT;
+        struct bn_gpu *other;
+        assert_ok(bn_gpu_open(driver_path(), &other, &err), &err);
+        inject(rules[i]);
+        assert_fails(bn_gpu_warm(other, 1, &err), ENOMEM, &err);
+        assert_ok(bn_gpu_warm(other, 1, &err), &err);
+        inject("");
+        bn_gpu_close(other);
+    }
+}
+
 static void every_call_fails(void **state)
 {
     static const char *const calls[] = {
@@ -556,8 +602,6 @@ static void every_call_fails(void **state)
         "cuMemHostRegister",
         "cuMemcpyDtoHAsync",
         "cuMemcpyHtoDAsync",
-        "cuStreamCreate",
-        "cuEventCreate",
         "cuEventRecord",
         "cuEventSynchronize",
     };
@@ -592,10 +636,13 @@ static void every_call_fails(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(direct),       cmocka_unit_test(direct_extents),   cmocka_unit_test(bad_specs),
-        cmocka_unit_test(streamed),     cmocka_unit_test(streamed_extents), cmocka_unit_test(callback_fails),
-        cmocka_unit_test(cancelled),    cmocka_unit_test(many_jobs),        cmocka_unit_test(shared_buffers),
-        cmocka_unit_test(held_buffers), cmocka_unit_test(every_call_fails),
+        cmocka_unit_test(full_device),      cmocka_unit_test(direct),
+        cmocka_unit_test(direct_extents),   cmocka_unit_test(bad_specs),
+        cmocka_unit_test(streamed),         cmocka_unit_test(streamed_extents),
+        cmocka_unit_test(callback_fails),   cmocka_unit_test(cancelled),
+        cmocka_unit_test(many_jobs),        cmocka_unit_test(shared_buffers),
+        cmocka_unit_test(held_buffers),     cmocka_unit_test(context_fails),
+        cmocka_unit_test(every_call_fails),
     };
     return cmocka_run_group_tests(tests, up, down);
 }
