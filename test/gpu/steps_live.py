@@ -3,6 +3,7 @@
 
 import os
 import re
+import shutil
 import signal
 import sys
 
@@ -213,34 +214,69 @@ def losses_of(text):
     return [(int(n), loss) for n, loss in re.findall(r"^(\d+) ([0-9a-f]{8})$", text, re.M)]
 
 
-def train_live(t, count, steps, pace, more=10):
-    """Every one of many live checkpoints of a training loop goes on to the same losses, bit for bit."""
-    argv = [sys.executable, TESTS / "train.py", "--steps", steps]
-    reference = t.start("train-reference", argv, agent=False)
-    if reference.wait_end(120) != 0 or len(want := losses_of(reference.text())) != steps:
-        raise Failed(f"train.py ended with {reference.status}\n{tail(reference.log)}")
-    t.need_daemon()
-    program = t.start("train", [*argv, "--at-least-ms", pace])
-    program.wait_for(lambda s: len(losses_of(s)) >= 5, "step 5", 200)
-    folders = []
+def room_for(t, folder, count):
+    """Fails before a file system is full, and not after: `count` more checkpoints as large as this one."""
+    need = count * sum(f.stat().st_blocks * 512 for f in folder.iterdir() if f.stat().st_nlink == 1)
+    free = shutil.disk_usage(folder).free
+    if free < need * 1.1:
+        raise Failed(f"{count} checkpoints more need {need / 1e9:.0f} GB, and {t.images} has {free / 1e9:.0f} GB free")
 
-    def compare(what):
-        seen = losses_of(program.text())
-        if seen != want[seen[0][0]:seen[0][0] + len(seen)]:
+
+class Training:
+    """train.py, undisturbed and with the agent: both at once, since most of their time goes to the beginning."""
+
+    def __init__(self, t, steps, pace_ms):
+        self.t, self.steps, self.pace = t, steps, t.work / "pace"
+        argv = [sys.executable, TESTS / "train.py", "--steps", steps]
+        self.at_pace(pace_ms)
+        reference = t.start("train-reference", argv, agent=False)
+        self.program = t.start("train", [*argv, "--pace", self.pace])
+        if reference.wait_end(120) != 0 or len(losses_of(reference.text())) != steps:
+            raise Failed(f"train.py ended with {reference.status}\n{tail(reference.log)}")
+        self.want = losses_of(reference.text())
+        self.go_on(5, "its beginning")
+
+    def at_pace(self, ms):
+        self.pace.write_text(str(ms))
+
+    def go_on(self, more, what):
+        at = len(losses_of(self.program.text()))
+        self.program.wait_for(lambda s: len(losses_of(s)) >= at + more, f"{more} steps after {what}", 60)
+        self.compare(what)
+
+    def compare(self, what):
+        """Of its present life, from its first step on. Returns the number of that."""
+        seen = losses_of(self.program.text())
+        if seen != self.want[seen[0][0]:seen[0][0] + len(seen)]:
             raise Failed(f"{what}: the losses differ from the undisturbed run's: {seen[:3]} … {seen[-3:]}")
+        return seen[0][0]
 
+
+def train_live(t, count, steps):
+    """Every one of many live checkpoints of a training loop goes on to the same losses, bit for bit; some of them to the end."""
+    t.need_daemon()
+    training, folders, begins = Training(t, steps, 40), [], []
+    program = training.program
     for i in range(count):
         parent = [f"--parent={folders[-1]}"] if folders else []
         folders.append(t.dump(program, f"train/{i + 1}", "--live", *parent, leave_running=True))
-        at = len(losses_of(program.text()))
-        program.wait_for(lambda s: len(losses_of(s)) >= at + 3, "3 steps more", 60)
-        compare(f"after live checkpoint {i + 1}")
+        training.go_on(2, f"live checkpoint {i + 1}")
+        if i == 0:
+            room_for(t, folders[0], count - 1)
     last = len(losses_of(program.text()))
-    if last + more >= steps:
+    if last + 10 >= steps:
         raise Failed(f"the program is too fast: {last} of its {steps} steps are done")
+    to_the_end = {0, count // 2, count - 1}
     for i, folder in enumerate(folders):
+        training.at_pace(0 if i in to_the_end else 10)
         t.restore_older(program, folder, f"train/{i + 1}")
-        program.wait_for(lambda s: len(losses_of(s)) >= more, f"{more} steps more", 60)
-        compare(f"restored from live checkpoint {i + 1}")
+        training.go_on(5, f"the restore from live checkpoint {i + 1}")
+        if i in to_the_end:
+            program.wait_for(lambda s: re.search("^done$", s, re.M), "its end", 60)
+        begins.append(training.compare(f"restored from live checkpoint {i + 1}"))
+        if i in to_the_end and begins[-1] + len(losses_of(program.text())) != steps:
+            raise Failed(f"restored from live checkpoint {i + 1}: it ended before step {steps}")
         t.remove_image(folder)
-    return f"{count} live checkpoints in {last} steps, each restored to the same losses"
+    if begins != sorted(set(begins)) or begins[-1] > last:
+        raise Failed(f"the checkpoints are not of {count} moments of the run: they go on at {begins}")
+    return f"{count} live checkpoints in {last} steps, each restored to the same losses, {len(to_the_end)} to the end"

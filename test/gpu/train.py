@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: MIT
 """Trains a small network with Adam; its losses are the same bits in every run.
 
-It prints "ready", and a line "N LOSS" after each step, with the loss's 32 bits in hexadecimal; after --steps steps "done". It knows nothing of
-checkpoints.
+It prints "ready", and a line "N LOSS" after each step, with the loss's 32 bits in hexadecimal; after --steps steps "done". The file --pace may
+say at any time how many milliseconds a step is to take at the least. It knows nothing of checkpoints.
 """
 
 import argparse
@@ -16,11 +16,19 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # two runs of the p
 import torch  # noqa: E402
 
 
+def least_seconds(path):
+    try:
+        with open(path, encoding="ascii") as f:
+            return float(f.read()) / 1000
+    except (OSError, TypeError, ValueError):  # none, or half-written
+        return 0.0
+
+
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("--steps", type=int, default=1000)
-    p.add_argument("--at-least-ms", type=float, default=0, help="time of a step, at the least")
-    p.add_argument("--width", type=int, default=4096)
+    p.add_argument("--pace", metavar="FILE")
+    p.add_argument("--width", type=int, default=1536)
     p.add_argument("--device", default="cuda")
     args = p.parse_args()
     torch.manual_seed(7)
@@ -38,7 +46,7 @@ def main():
         loss.backward()
         optimizer.step()
         print(n, struct.pack(">f", loss.item()).hex(), flush=True)
-        time.sleep(max(0.0, args.at_least_ms / 1000 - (time.monotonic() - began)))
+        time.sleep(max(0.0, least_seconds(args.pace) - (time.monotonic() - began)))
     print("done", flush=True)
 
 
