@@ -98,7 +98,8 @@ static bool is_back(const struct bn_target *t)
     return !t->gated && !t->evicted && !t->locked && !t->checkpointed;
 }
 
-/* What there is of a target, and of that what its record shall hold. */
+/* What there is of a target, and of that what its record shall hold. Bytes are in two places while they move from one tier to the one
+ * below, and are whole in the lower one when this is called: the other is about to be freed. */
 static unsigned what(const struct bn_target *t, enum bn_stage stage)
 {
     bool host = t->nparts > 0, disk = t->nparts > 0, gpu = true;
@@ -107,7 +108,7 @@ static unsigned what(const struct bn_target *t, enum bn_stage stage)
         disk = disk && t->parts[p].cold;
         gpu = gpu && t->parts[p].set;
     }
-    unsigned bytes = host ? BN_RECORD_HOST : disk ? BN_RECORD_DISK : 0, sets = gpu ? BN_RECORD_GPU : 0;
+    unsigned bytes = disk ? BN_RECORD_DISK : host ? BN_RECORD_HOST : 0, sets = gpu ? BN_RECORD_GPU : 0;
     switch (stage) {
     case BN_STAGE_GUARDED: return sets;
     case BN_STAGE_SUSPENDED: return BN_RECORD_SUSPENDED | (bytes ? bytes : sets);

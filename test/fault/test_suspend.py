@@ -136,6 +136,23 @@ class Suspend(FaultTest):
                 other.go_on()
                 self.stop()
 
+    def test_killed_after_a_move(self):
+        """What has made way is at its new place: others use the old one."""
+        fault.os.mkdir(self.path("other"))
+        other = Application(self.path("other"), self.env)
+        self.addCleanup(fault.vanish, other.pid)
+        for tier, budget in (("gpu", "--gpu-budget"), ("host", "--host-limit")):
+            with self.subTest(tier=tier):
+                self.daemon = Daemon(self, None, budget, "60M")
+                self.succeeds("suspend", "--to", tier, other.pid)
+                self.succeeds("suspend", "--to", tier, self.app.pid)
+                fault.os.kill(self.daemon.first, fault.signal.SIGKILL)
+                self.daemon.wait_killed()
+                for app in (other, self.app):
+                    self.succeeds("resume", app.pid)
+                    app.go_on()
+                self.stop()
+
     def test_ends_while_the_daemon_is_down_on_disk(self):
         self.daemon = Daemon(self)
         self.succeeds("suspend", "--to", "disk", self.app.pid)
