@@ -1,6 +1,7 @@
 #include "checkpoint/dump.h"
 
 #include "base/cleanup.h"
+#include "base/io.h"
 #include "base/proc.h"
 #include "checkpoint/copies.h"
 #include "checkpoint/describe.h"
@@ -25,6 +26,8 @@ struct bn_dump {
     struct bn_pack_writer *writer;
     uint8_t key[BN_HASH_KEY_SIZE]; /* the writer's, once it is open */
     struct bn_copies copies;
+    uint64_t started_ns; /* the copies */
+    bool released;       /* they need nothing of the processes any more */
     struct bn_hash_key *hash_key;
     struct bn_send_env send;
     struct bn_sending **parts; /* one a part of a target */
@@ -71,6 +74,17 @@ static int choose_chunks(struct bn_dump *d, struct bn_error *err)
     return r;
 }
 
+/* What is more than a little, and fits: part by part. */
+static void set_aside(struct bn_dump *d)
+{
+    uint64_t bytes = 0;
+    int phase = bn_report_begin(d->q.report, "set-aside");
+    for (size_t i = 0; i < d->nparts; i++)
+        if (bn_sending_set_aside(d->parts[i]))
+            bytes += bn_sending_bytes(d->parts[i]);
+    bn_report_end(d->q.report, phase, bytes);
+}
+
 static int open_writer(struct bn_dump *d, struct bn_error *err)
 {
     int r = d->writer ? 0 : bn_send_open(d->dirfd, -1, d->key, &d->writer, err);
@@ -102,14 +116,18 @@ static int start_writing(struct bn_quiesce *q, struct bn_error *err)
     if (r < 0)
         return r;
     r = choose_chunks(d, err);
+    if (r == 0 && q->flags & BN_DUMP_ASIDE)
+        set_aside(d);
     struct bn_sending **next = d->parts;
+    d->started_ns = bn_now_ns();
     return r < 0 ? r : bn_copies_start(&d->copies, q, "copy-out", send_part, &next, err);
 }
 
 static int stop_writing(struct bn_quiesce *q, struct bn_error *err)
 {
     (void)err;
-    bn_copies_cancel(&of(q)->copies, q);
+    if (!of(q)->released)
+        bn_copies_cancel(&of(q)->copies, q);
     return 0;
 }
 
@@ -122,7 +140,7 @@ static void drop_image_record(struct bn_dump *d)
     d->record = 0;
 }
 
-static void dump_free(struct bn_dump *d)
+void bn_dump_free(struct bn_dump *d)
 {
     drop_image_record(d);
     bn_records_drop(&d->q, true);
@@ -140,7 +158,7 @@ static void dump_free(struct bn_dump *d)
 
 void bn_dump_abort(struct bn_dump *d)
 {
-    stop_writing(&d->q, NULL);
+    bn_copies_cancel(&d->copies, &d->q);
     bn_pack_writer_abort(d->writer);
     d->writer = NULL;
 }
@@ -196,7 +214,7 @@ int bn_dump_begin(struct bn_env *env, pid_t root, const struct bn_dump_options *
     if (r < 0 || d->q.targets.n == 0) {
         bn_dump_abort(d);
         *left = bn_suspended_take(&d->q);
-        dump_free(d);
+        bn_dump_free(d);
         d = NULL;
     }
     if (r == 0)
@@ -273,11 +291,34 @@ static int sync_all(struct bn_dump *d, struct bn_error *err)
     return r;
 }
 
+int bn_dump_release(struct bn_dump *d, const bool *cancel, struct bn_error *err)
+{
+    uint64_t last = 0;
+    int r = bn_copies_finish_targets(&d->copies, &d->q, cancel, &last, err);
+    if (r < 0) {
+        bn_dump_abort(d);
+        return r;
+    }
+    bn_report_span_to(d->q.report, "gate", last > d->started_ns ? last : d->started_ns, "gpu-pause");
+    d->released = true;
+    return 0;
+}
+
+/* What has been written, and what CRIU has: it is no checkpoint. */
+static void give_up(struct bn_dump *d)
+{
+    bn_dump_abort(d);
+    bn_image_spoil(d->dirfd, NULL);
+}
+
 int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err)
 {
     bn_kill_point(d->q.env, "commit", "begin");
-    int r = bn_copies_finish(&d->copies, &d->q, cancel, err);
-    bn_report_span(d->q.report, "gate", "copy-out", "gpu-pause");
+    int r = d->released ? 0 : bn_dump_release(d, cancel, err);
+    if (r == 0)
+        r = bn_copies_finish(&d->copies, &d->q, cancel, err);
+    for (size_t i = 0; i < d->nparts; i++)
+        bn_sending_drop_aside(d->parts[i]); /* nobody copies from there any more */
     for (size_t i = 0; r == 0 && i < d->nparts; i++)
         r = bn_sending_settle(d->parts[i], err);
     if (r == 0)
@@ -290,7 +331,7 @@ int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err)
     if (r == 0)
         r = bn_image_save(d->dirfd, d->manifest, err);
     if (r < 0) {
-        bn_dump_abort(d);
+        give_up(d);
         return r;
     }
     bn_pack_writer_close(d->writer);
@@ -299,13 +340,22 @@ int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err)
     return 0;
 }
 
+bool bn_dump_runs(struct bn_dump *d)
+{
+    for (size_t i = 0; i < d->q.targets.n; i++)
+        while (bn_target_wait_runnable(&d->q.targets.v[i], LOOK_MS) == -ETIMEDOUT)
+            if (bn_copies_ended(&d->copies))
+                return false;
+    return true;
+}
+
 int bn_dump_aftermath(struct bn_dump *d, struct bn_suspended **left, struct bn_error *err)
 {
     for (size_t i = 0; i < d->q.targets.n; i++)
         while (bn_target_wait_runnable(&d->q.targets.v[i], LOOK_MS) == -ETIMEDOUT)
             ; /* still in CRIU's hands, or in a frozen cgroup: it needs nothing until it may run */
     int r = bn_quiesce_up(&d->q, err);
+    bn_report_span(d->q.report, "gate", "open-gate", "pause");
     *left = r < 0 ? bn_suspended_take(&d->q) : NULL;
-    dump_free(d);
     return r;
 }

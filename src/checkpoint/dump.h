@@ -1,9 +1,12 @@
 /* Dump: the GPU half of a checkpoint, beside CRIU's.
  *
  *   begin      stop the tree, take its memory out of CRIU's sight, start writing it to the image directory
- *   commit     CRIU has done its half: wait for the writing to end, write the manifest, last of all
+ *   release    CRIU has done its half: wait until nothing is copied from the processes' memory any more
+ *   commit     wait for the writing to end, write the manifest, last of all
  *   aftermath  CRIU lets the processes go: bring those back that live on, forget those that die
  *   abort      instead of commit: remove what was written, bring the processes back as soon as they can run
+ *
+ * Commit comes before the aftermath, or, after a release, also after it: then the processes do not wait for the writing.
  *
  * One thread at a time per object.
  */
@@ -18,6 +21,9 @@ struct bn_dump;
     2u /* beside BN_FIND_…: commit returns only when packs and CRIU's files are on the disk. Without it they are
                          * in the page cache, as CRIU leaves its own: a checkpoint that a power cut tore is found out by
                          * its hashes, not prevented. */
+
+#define BN_DUMP_ASIDE \
+    4u /* what has to be sent is set aside on the GPUs if they have room, so that the release is soon */
 
 #define BN_DUMP_LEVEL_SHIFT 24 /* the 8 highest bits: a level for bn_pack_writer_compress() */
 
@@ -48,10 +54,18 @@ int bn_dump_covers(const struct bn_dump *d, pid_t pid, struct bn_error *err);
 pid_t bn_dump_thread(const struct bn_dump *d, pid_t pid);
 int bn_dump_purge(const struct bn_dump *d, pid_t pid, uint64_t *freed, struct bn_error *err);
 
-/* On failure nothing of ours is left in the directory; then call bn_dump_aftermath. `cancel` may be NULL. */
+/* When this has succeeded the processes may have their memory back, whatever becomes of the dump. On failure as bn_dump_commit. */
+int bn_dump_release(struct bn_dump *d, const bool *cancel, struct bn_error *err);
+/* Releases, too. On failure nothing is left in the directory that looks like a checkpoint; then call bn_dump_aftermath, unless that has
+ * been. `cancel` may be NULL. */
 int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err);
 /* Stop writing and remove what was written. */
 void bn_dump_abort(struct bn_dump *d);
-/* Waits, as long as it takes, until every process is either gone or free to run, and brings the latter back. Frees d. On failure
- * *left is what could not be brought back, or NULL: bn_resume can try again. */
+/* After a release: true once every process is either gone or free to run; false when they are held (a frozen cgroup, say) and all copies
+ * have ended: then commit first. */
+bool bn_dump_runs(struct bn_dump *d);
+/* Waits, as long as it takes, until every process is either gone or free to run, and brings the latter back. On failure *left is
+ * what could not be brought back, or NULL: bn_resume can try again. */
 int bn_dump_aftermath(struct bn_dump *d, struct bn_suspended **left, struct bn_error *err);
+/* After the aftermath, and the commit or abort. */
+void bn_dump_free(struct bn_dump *d);

@@ -17,9 +17,10 @@ typedef int (*target_fn)(struct bn_quiesce *q, struct bn_target *t, struct bn_er
 void bn_kill_point(const struct bn_env *env, const char *step, const char *when)
 {
     size_t len = strlen(step);
-    if (env->kill_at && strncmp(env->kill_at, step, len) == 0 && env->kill_at[len] == ':' &&
-        strcmp(env->kill_at + len + 1, when) == 0)
-        raise(SIGKILL);
+    bool stop = env->kill_at && env->kill_at[0] == '@';
+    const char *at = env->kill_at ? env->kill_at + stop : "";
+    if (strncmp(at, step, len) == 0 && at[len] == ':' && strcmp(at + len + 1, when) == 0)
+        raise(stop ? SIGSTOP : SIGKILL);
 }
 
 /* ---- one step on every target that lives, in parallel ---- */

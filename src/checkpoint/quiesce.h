@@ -24,7 +24,8 @@ struct bn_env {
      * or more than before; negative: there is none, with a text that says which budget and what to do. NULL: no budgets. In
      * the thread of the suspend. */
     int (*room)(struct bn_env *env, uint32_t tier, unsigned dev, uint64_t bytes, struct bn_error *err);
-    const char *kill_at; /* tests: "STEP:begin", "STEP:one" or "STEP:end" at which to be killed, or NULL */
+    const char *
+        kill_at; /* tests: "STEP:begin", "STEP:one" or "STEP:end" at which to be killed, or with "@" before it stopped, or NULL */
 };
 
 struct bn_quiesce {
@@ -47,7 +48,7 @@ struct bn_quiesce {
     size_t npairs;
 };
 
-/* A place at which tests may have the daemon killed: `when` is begin, one (a first process is through) or end. */
+/* A place at which tests may have the daemon killed or stopped: `when` is begin, one (a first process is through) or end. */
 void bn_kill_point(const struct bn_env *env, const char *step, const char *when);
 
 /* All the way down. When a step fails everything is undone, the processes go on, and the error is returned. 0 targets is no error:

@@ -344,6 +344,6 @@ bool bn_recover_image(const struct bn_record *record, bool processes_run)
     if (manifest && !processes_run)
         return false;
     if (manifest ? bn_image_has_criu(dirfd) == 0 : !processes_run)
-        bn_image_remove(dirfd, NULL);
+        bn_image_spoil(dirfd, NULL);
     return true;
 }

@@ -102,16 +102,30 @@ static const struct bn_phase *find(const struct bn_phases *all, const char *name
     return NULL;
 }
 
+/* With the lock; `end` is counted from the report's beginning. */
+static void add_span(struct bn_report *r, const char *first, uint64_t end, const char *name)
+{
+    const struct bn_phase *a = find(&r->phases, first);
+    if (!a || r->phases.n == BN_PHASES_MAX)
+        return;
+    struct bn_phase *p = &r->phases.phase[r->phases.n++];
+    *p = (struct bn_phase){.start_ns = a->start_ns, .duration_ns = end - a->start_ns};
+    snprintf(p->name, sizeof(p->name), "%s", name);
+}
+
 void bn_report_span(struct bn_report *r, const char *first, const char *last, const char *name)
 {
     pthread_mutex_lock(&r->lock);
-    const struct bn_phase *a = find(&r->phases, first), *b = find(&r->phases, last);
-    if (a && b && r->phases.n < BN_PHASES_MAX) {
-        struct bn_phase *p = &r->phases.phase[r->phases.n++];
-        *p = (struct bn_phase){.start_ns = a->start_ns,
-                               .duration_ns = b->start_ns + b->duration_ns - a->start_ns};
-        snprintf(p->name, sizeof(p->name), "%s", name);
-    }
+    const struct bn_phase *b = find(&r->phases, last);
+    if (b)
+        add_span(r, first, b->start_ns + b->duration_ns, name);
+    pthread_mutex_unlock(&r->lock);
+}
+
+void bn_report_span_to(struct bn_report *r, const char *first, uint64_t end_ns, const char *name)
+{
+    pthread_mutex_lock(&r->lock);
+    add_span(r, first, end_ns - r->began_ns, name);
     pthread_mutex_unlock(&r->lock);
 }
 

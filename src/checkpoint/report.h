@@ -23,8 +23,9 @@ void bn_report_end(struct bn_report *r, int phase, uint64_t bytes);
 /* For work that went on in the background and ended at `end_ns` (bn_now_ns). */
 void bn_report_end_at(struct bn_report *r, int phase, uint64_t end_ns, uint64_t bytes);
 
-/* A phase from the beginning of `first` to the end of `last`, where there are both. */
+/* A phase from the beginning of `first`, if there was that, to the end of `last`, if there was that, or to `end_ns` (bn_now_ns). */
 void bn_report_span(struct bn_report *r, const char *first, const char *last, const char *name);
+void bn_report_span_to(struct bn_report *r, const char *first, uint64_t end_ns, const char *name);
 
 void bn_report_progress(struct bn_report *r, const char *phase, uint64_t done, uint64_t total);
 

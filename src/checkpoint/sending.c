@@ -7,15 +7,25 @@
 #include <string.h>
 #include <sys/stat.h>
 
+/* Less is copied as soon as it is set aside. */
+#define LITTLE (UINT64_C(64) << 20)
+/* What setting aside leaves free, and at least a fiftieth of the GPU: others allocate meanwhile, and the driver brings contexts back. */
+#define SPARE (UINT64_C(768) << 20)
+#define ASIDE_BLOCK (UINT64_C(1) << 30)
+
 struct bn_sending {
     const struct bn_send_env *env;
-    const struct bn_target_part *part;
+    unsigned dev;
+    uint64_t first;         /* the writer's number of its first chunk */
+    struct bn_gpu_set *set; /* borrowed; for the start */
     size_t n;               /* chunks */
     struct bn_hash *hashes; /* as they were on the GPU; NULL: it does not hash */
     bool *known;            /* each chunk: the writer knew it at once */
     struct bn_copy_extent *extents;
     size_t nextents;
     uint64_t bytes;
+    struct bn_gpu_set *aside;
+    uint32_t *origin; /* of each chunk there: its number in the set */
 };
 
 /* ---- the writer ---- */
@@ -112,7 +122,7 @@ static int add_extents(struct bn_sending *s, const bool *send)
 static int ask_writer(struct bn_sending *s)
 {
     for (size_t i = 0; i < s->n; i++) {
-        int r = bn_pack_writer_place(s->env->writer, (uint32_t)(s->part->image_chunk + i), &s->hashes[i]);
+        int r = bn_pack_writer_place(s->env->writer, (uint32_t)(s->first + i), &s->hashes[i]);
         if (r < 0)
             return r;
         s->known[i] = r > 0;
@@ -140,7 +150,9 @@ int bn_sending_new(const struct bn_send_env *env, const struct bn_target_part *p
     if (!s)
         return bn_error_set(err, ENOMEM, "hash", "out of memory");
     s->env = env;
-    s->part = part;
+    s->dev = part->dev;
+    s->first = part->image_chunk;
+    s->set = part->set;
     s->n = part->bytes / BN_GPU_CHUNK;
     s->known = calloc(s->n ? s->n : 1, sizeof(*s->known));
     s->hashes = calloc(s->n ? s->n : 1, sizeof(*s->hashes));
@@ -174,8 +186,7 @@ uint64_t bn_sending_bytes(const struct bn_sending *s)
 static int consume(void *arg, uint64_t chunk, unsigned nchunks, const void *data, struct bn_error *err)
 {
     const struct bn_sending *s = arg;
-    int r =
-        bn_pack_writer_add_run(s->env->writer, (uint32_t)(s->part->image_chunk + chunk), nchunks, data, err);
+    int r = bn_pack_writer_add_run(s->env->writer, (uint32_t)(s->first + chunk), nchunks, data, err);
     if (r < 0)
         return r;
     if (s->env->rate)
@@ -183,16 +194,79 @@ static int consume(void *arg, uint64_t chunk, unsigned nchunks, const void *data
     return 0;
 }
 
+static int consume_aside(void *arg, uint64_t chunk, unsigned nchunks, const void *data, struct bn_error *err)
+{
+    const struct bn_sending *s = arg;
+    const uint32_t *from = &s->origin[chunk];
+    for (unsigned i = 0, run; i < nchunks; i += run) {
+        for (run = 1; i + run < nchunks && from[i + run] == from[i] + run;)
+            run++;
+        int r = consume(arg, from[i], run, (const char *)data + i * BN_GPU_CHUNK, err);
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+static int make_aside(struct bn_sending *s)
+{
+    size_t n = (s->bytes + ASIDE_BLOCK - 1) / ASIDE_BLOCK, at = 0;
+    bn_auto_free struct bn_gpu_block *blocks = calloc(n, sizeof(*blocks));
+    s->origin = malloc(s->bytes / BN_GPU_CHUNK * sizeof(*s->origin));
+    if (!blocks || !s->origin)
+        return -ENOMEM;
+    for (size_t i = 0; i < n; i++)
+        blocks[i].size = i + 1 < n ? ASIDE_BLOCK : s->bytes - i * ASIDE_BLOCK;
+    for (size_t e = 0; e < s->nextents; e++)
+        for (uint64_t off = 0; off < s->extents[e].bytes; off += BN_GPU_CHUNK)
+            s->origin[at++] = (uint32_t)((s->extents[e].offset + off) / BN_GPU_CHUNK);
+    int r = bn_gpu_set_create(s->env->gpu, s->dev, blocks, n, &s->aside, NULL);
+    return r < 0 ? r : bn_gpu_set_gather(s->aside, s->set, s->extents, s->nextents, NULL);
+}
+
+bool bn_sending_set_aside(struct bn_sending *s)
+{
+    uint64_t unused, total;
+    if (s->bytes <= LITTLE || bn_gpu_mem_info(s->env->gpu, s->dev, &unused, &total, NULL) < 0)
+        return false;
+    uint64_t spare = total / 50 > SPARE ? total / 50 : SPARE;
+    if (unused < spare || unused - spare < s->bytes)
+        return false;
+    if (make_aside(s) == 0)
+        return true;
+    bn_sending_drop_aside(s);
+    return false;
+}
+
+void bn_sending_drop_aside(struct bn_sending *s)
+{
+    bn_gpu_set_free(s->aside);
+    free(s->origin);
+    s->aside = NULL;
+    s->origin = NULL;
+}
+
+/* Beside an application half of the threads that a dump has, so that it has the cores and the link; with a limit one keeps to it best. */
+static unsigned workers(const struct bn_send_env *env)
+{
+    unsigned all = bn_copier_threads(env->copier);
+    if (!env->rate)
+        return 0;
+    return env->rate->per_second || all < 2 ? 1 : all / 2;
+}
+
 int bn_sending_start(struct bn_sending *s, struct bn_copy **job, struct bn_error *err)
 {
+    const struct bn_copy_extent whole = {.bytes = s->bytes};
     struct bn_copy_spec spec = {.mode = BN_COPY_OUT,
-                                .set = s->part->set,
-                                .extents = s->extents,
-                                .nextents = s->nextents,
-                                .consume = consume,
+                                .set = s->aside ? s->aside : s->set,
+                                .extents = s->aside ? &whole : s->extents,
+                                .nextents = s->aside ? 1 : s->nextents,
+                                .consume = s->aside ? consume_aside : consume,
                                 .arg = s,
-                                .workers = s->env->rate && s->env->rate->per_second ? 1 : 0};
-    return bn_copy_start(s->env->copier, &spec, job, err);
+                                .workers = workers(s->env)};
+    int r = bn_copy_start(s->env->copier, &spec, job, err);
+    return r == 0 && s->aside ? 1 : r;
 }
 
 int bn_sending_settle(struct bn_sending *s, struct bn_error *err)
@@ -200,7 +274,7 @@ int bn_sending_settle(struct bn_sending *s, struct bn_error *err)
     for (size_t i = 0; s->hashes && i < s->n; i++) {
         if (s->known[i])
             continue;
-        int r = bn_pack_writer_place(s->env->writer, (uint32_t)(s->part->image_chunk + i), &s->hashes[i]);
+        int r = bn_pack_writer_place(s->env->writer, (uint32_t)(s->first + i), &s->hashes[i]);
         if (r < 0)
             return bn_error_set(err, r, "copy-out", "cannot note a chunk: %s", strerror(-r));
         if (r == 0)
@@ -209,7 +283,7 @@ int bn_sending_settle(struct bn_sending *s, struct bn_error *err)
                 "chunk %zu of GPU memory arrived with other bytes than were hashed on GPU %u "
                 "(%s): try again, and if it happens again suspect that GPU or its link, or its hash: "
                 "'bennud --no-gpu-hash' does without",
-                i, s->part->dev, bn_gpu_info(s->env->gpu, s->part->dev)->name);
+                i, s->dev, bn_gpu_info(s->env->gpu, s->dev)->name);
     }
     return 0;
 }
@@ -218,6 +292,7 @@ void bn_sending_free(struct bn_sending *s)
 {
     if (!s)
         return;
+    bn_sending_drop_aside(s);
     free(s->hashes);
     free(s->known);
     free(s->extents);

@@ -8,6 +8,9 @@
  * is in the file, computed off the critical path, and bn_sending_settle() compares it with what the GPU computed of what was
  * in its memory. So an error of the link or of a copy is found when the checkpoint is made, not when it is needed.
  *
+ * Chunks can be set aside: copied, on the GPU, to memory of ours, which takes a hundredth of the time that the link takes. The processes
+ * can then have theirs back while the bytes are still on their way.
+ *
  * One thread at a time per object.
  */
 #pragma once
@@ -24,7 +27,7 @@ struct bn_send_env {
     struct bn_copier *copier;
     struct bn_pack_writer *writer;
     const struct bn_hash_key *key; /* the writer's */
-    struct bn_rate *rate;          /* NULL: as fast as it goes */
+    struct bn_rate *rate;          /* of a copy beside a running application; NULL: as fast as it goes */
 };
 
 /* A writer into the folder, for no chunks yet (bn_pack_writer_relayout), and its key: that of the checkpoint in `parent`, with which
@@ -39,7 +42,13 @@ int bn_sending_new(const struct bn_send_env *env, const struct bn_target_part *p
                    struct bn_error *err);
 bool bn_sending_hashed(const struct bn_sending *s);    /* by the GPU */
 uint64_t bn_sending_bytes(const struct bn_sending *s); /* to be sent */
-/* Start the copy. To be freed (bn_copy_free) before `s`. */
+/* Before the start, of memory that nobody can write to: set all of it aside, if it is more than a little and the GPU has room for it,
+ * and some to spare. False: it was not; then it is copied from where it is. */
+bool bn_sending_set_aside(struct bn_sending *s);
+/* Free what was set aside. After the copy has been freed. */
+void bn_sending_drop_aside(struct bn_sending *s);
+/* Start the copy. To be freed (bn_copy_free) before `s`. 1: of what was set aside; it does not need the part's memory any more, nor
+ * does anything below need the part. */
 int bn_sending_start(struct bn_sending *s, struct bn_copy **job, struct bn_error *err);
 /* After a copy of memory that nobody could write to: each chunk is now known to the writer under the hash that it had on the GPU,
  * or -EIO: what arrived is not what was there. */

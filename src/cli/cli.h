@@ -126,17 +126,19 @@ int cli_daemon_exit_code(const struct bn_error *err);
 bool cli_daemon_silent(const struct bn_error *err);
 
 struct cli_watch;
-/* Follow the session that will act on `pid` (or, with pid 0, on the image directory `dirfd`), on a connection and a thread of its
+/* Follow the dump of `pid` into the image directory `dirfd` (or, with pid 0, the restore from it), on a connection and a thread of its
  * own. Takes `sock`. */
 int cli_watch_start(int sock, pid_t pid, int dirfd, struct cli_progress *progress, struct cli_watch **out,
                     struct bn_error *err);
-/* Wait for the session's end and free the watch. `expected`: a session is known to exist. 0: it ended well and *phases is filled
- * (empty when there was no session); negative: its error, in *err. */
-int cli_watch_finish(struct cli_watch *w, bool expected, struct bn_phases *phases, struct bn_error *err);
+struct cli_cancel;
+/* Wait for the session's end and free the watch. `expected`: a session is known to exist. A signal (`cancel` may be NULL) makes the
+ * daemon undo what it does after CRIU's end. 0: it ended well and *phases is filled (empty when there was no session); negative: its
+ * error, in *err. */
+int cli_watch_finish(struct cli_watch *w, bool expected, const struct cli_cancel *cancel,
+                     struct bn_phases *phases, struct bn_error *err);
 
 /* --- cancel.c --------------------------------------------------------------------------------------------------------------- */
 
-struct cli_cancel;
 /* Block the signals that end a program, but for those that whoever started us has ignored, in this thread and those that it will
  * start. A descriptor of signalfd(2) that tells of them, or negative errno. The caller closes it. */
 int cli_signals_fd(void);

@@ -9,8 +9,9 @@
 #include <sys/socket.h>
 #include <time.h>
 
-/* How long a session's end may take after CRIU's: undoing a dump puts GPU memory back. */
+/* How long the daemon may say nothing between CRIU's end and the session's: undoing a dump puts GPU memory back. */
 #define END_EXPECTED_MS 120000u
+#define LOOK_MS 50u /* whether a signal has come */
 #define END_UNKNOWN_MS 300u
 #define READY_MS 5000u /* it answers at once, or is an older one that says nothing */
 
@@ -24,6 +25,7 @@ struct cli_watch {
     struct bn_writer request;
     int dirfd;
     struct cli_progress *progress;
+    uint64_t heard_ns; /* the last event */
     struct bn_phases phases;
     struct bn_error err;
 };
@@ -65,6 +67,7 @@ static void on_event(void *arg, const struct bn_ctl_head *head, struct bn_reader
     pthread_mutex_lock(&w->lock);
     w->ready = true;
     w->seen = w->seen || !waiting;
+    w->heard_ns = bn_now_ns();
     pthread_cond_signal(&w->changed);
     pthread_mutex_unlock(&w->lock);
     if (!waiting)
@@ -148,16 +151,31 @@ int cli_watch_start(int sock, pid_t pid, int dirfd, struct cli_progress *progres
     return 0;
 }
 
-int cli_watch_finish(struct cli_watch *w, bool expected, struct bn_phases *phases, struct bn_error *err)
+/* With the lock. After a signal the daemon undoes what is not finished, and still tells of its end. */
+static void wait_for_end(struct cli_watch *w, bool expected, const struct cli_cancel *cancel)
+{
+    bool told = false;
+    uint64_t began = bn_now_ns(),
+             patience = (expected || w->seen ? END_EXPECTED_MS : END_UNKNOWN_MS) * 1000000ull;
+    while (!w->done) {
+        uint64_t since = w->heard_ns > began ? w->heard_ns : began;
+        if (bn_now_ns() - since >= patience)
+            return;
+        if (!told && cli_cancel_signal(cancel) != 0)
+            told = shutdown(w->sock, SHUT_WR) == 0;
+        struct timespec ts = in_ms(LOOK_MS);
+        pthread_cond_timedwait(&w->changed, &w->lock, &ts);
+    }
+}
+
+int cli_watch_finish(struct cli_watch *w, bool expected, const struct cli_cancel *cancel,
+                     struct bn_phases *phases, struct bn_error *err)
 {
     *phases = (struct bn_phases){0};
     if (!w)
         return 0;
     pthread_mutex_lock(&w->lock);
-    struct timespec ts = in_ms(expected || w->seen ? END_EXPECTED_MS : END_UNKNOWN_MS);
-    int timed = 0;
-    while (!w->done && timed == 0)
-        timed = pthread_cond_timedwait(&w->changed, &w->lock, &ts);
+    wait_for_end(w, expected, cancel);
     bool answered = w->done, seen = w->seen;
     pthread_mutex_unlock(&w->lock);
     if (!answered)

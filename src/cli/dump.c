@@ -118,6 +118,7 @@ static int criu_options(const struct dump *d, struct bn_error *err)
         criu_set_network_lock(CRIU_NETWORK_LOCK_NFTABLES);
     tell_plugin("BENNU_DRIVER_PATH", d->o->driver_path);
     tell_plugin("BENNU_SYNC", d->o->sync_disk);
+    tell_plugin("BENNU_LEAVE_RUNNING", d->o->leave_running);
     snprintf(text, sizeof(text), "%u", d->o->level);
     setenv("BENNU_COMPRESS", text, 1);
     if (d->o->parent && !d->o->live) /* else what was copied ahead is of its family already */
@@ -178,15 +179,18 @@ static int failed(struct dump *d, int exit_code, struct bn_error *err)
     return exit_code;
 }
 
-/* CRIU reports success only when our plugin let it; this is the last look before success is claimed. */
-static int check_result(struct dump *d, struct bn_error *err)
+/* CRIU reports success only when our plugin let it; with --leave-running the daemon then still had to finish. This is the last look
+ * before success is claimed. */
+static int check_result(struct dump *d, const struct bn_error *session, struct bn_error *err)
 {
-    if (d->out->cuda > 0 && bn_image_present(d->dir.fd) != 1)
-        return bn_error_set(
-            err, EIO, "criu",
-            "CRIU finished but Bennu's plugin wrote no manifest to %s: this is no complete checkpoint",
-            d->dir.path);
-    return 0;
+    if (d->out->cuda == 0 || bn_image_present(d->dir.fd) == 1)
+        return 0;
+    if (session)
+        return bn_error_set(err, session->code, session->stage, "%s", session->text);
+    return bn_error_set(
+        err, EIO, "criu",
+        "CRIU finished but Bennu's plugin wrote no manifest to %s: this is no complete checkpoint",
+        d->dir.path);
 }
 
 /* The daemon keeps what it copied as long as `sock` is open, and the session that our plugin begins uses it. Returns an exit
@@ -225,7 +229,7 @@ static int checkpoint(struct dump *d, int *sock, struct bn_error *err)
         return failed(d, CLI_FAILED, err);
     cli_ignore_signals(true);
     struct cli_progress *progress = cli_progress_new("dump");
-    if (cli_watch_start(BN_TAKE_FD(*sock), d->pid, -1, progress, &watch, err) < 0) {
+    if (cli_watch_start(BN_TAKE_FD(*sock), d->pid, d->dir.fd, progress, &watch, err) < 0) {
         cli_progress_free(progress);
         return failed(d, CLI_FAILED, err);
     }
@@ -235,7 +239,8 @@ static int checkpoint(struct dump *d, int *sock, struct bn_error *err)
     cli_hush_libcriu(false);
     uint64_t criu_took = bn_now_ns() - began;
     cli_trace_criu(began, criu_took, d->dir.fd, "stats-dump");
-    int watched = cli_watch_finish(watch, result >= 0 && d->out->cuda > 0, &d->out->phases, &session);
+    int watched = cli_watch_finish(watch, result >= 0 && d->out->cuda > 0, result >= 0 ? d->cancel : NULL,
+                                   &d->out->phases, &session);
     d->out->took = bn_now_ns() - began;
     cli_progress_free(progress);
     criu_free_opts();
@@ -244,8 +249,9 @@ static int checkpoint(struct dump *d, int *sock, struct bn_error *err)
         describe_failure(d, result, watched < 0 ? &session : NULL, err);
         return failed(d, cli_daemon_exit_code(err), err);
     }
-    if (check_result(d, err) < 0) /* of a process that was ended it is all there is */
-        return d->o->leave_running ? failed(d, CLI_FAILED, err) : CLI_FAILED;
+    if (check_result(d, watched < 0 ? &session : NULL, err) <
+        0) /* of a process that was ended it is all there is */
+        return d->o->leave_running ? failed(d, cli_daemon_exit_code(err), err) : CLI_FAILED;
     return CLI_OK;
 }
 

@@ -269,7 +269,7 @@ static int run_criu(struct restore *r, struct cli_watch *watch, int *watched, st
     cli_hush_libcriu(false);
     uint64_t criu_took = bn_now_ns() - began;
     cli_trace_criu(began, criu_took, r->work, "stats-restore");
-    *watched = cli_watch_finish(watch, pid > 0 && r->manifest, &r->phases, session);
+    *watched = cli_watch_finish(watch, pid > 0 && r->manifest, NULL, &r->phases, session);
     r->took = bn_now_ns() - began;
     cli_add_phase(&r->phases, "CRIU, all of it", 0, criu_took);
     return pid;

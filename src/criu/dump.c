@@ -47,6 +47,8 @@ static unsigned flags_wanted(void)
         flags |= (unsigned)strtoul(level, NULL, 10) << BN_CTL_F_LEVEL_SHIFT;
     if (getenv("BENNU_SYNC"))
         flags |= BN_CTL_F_SYNC;
+    if (getenv("BENNU_LEAVE_RUNNING"))
+        flags |= BN_CTL_F_LEAVE_RUNNING;
     return flags;
 }
 

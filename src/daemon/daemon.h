@@ -40,19 +40,21 @@ struct suspended_entry {
 /* Somebody waits for the report of a session to come. */
 struct awaited {
     pid_t root;
+    bool folder; /* a dump into it is meant, and its end waited for */
     dev_t dev;
     ino_t ino;
     struct bn_report *report; /* a reference, once it is there */
     struct awaited *next;
 };
 
-/* A session's report with what names it to a watcher: the root pid of a dump or suspend, or the directory of a restore. */
+/* A session's report with what names it to a watcher: the root pid of a dump or suspend, the directory of a dump or restore. */
 struct published {
     struct bn_report *report;
-    pid_t root;
+    pid_t root; /* 0: a restore */
     dev_t dev;
     ino_t ino;
-    bool ended; /* all is said, but its processes are still being let go */
+    bool *cancel; /* set when the one who waits for its end hangs up, or NULL */
+    bool ended;   /* all is said, but its processes are still being let go */
     struct published *next;
 };
 
@@ -109,12 +111,17 @@ void bn_wait_published(struct daemon *d, unsigned timeout_ms);
  * session that has ended is still letting its processes go, which is not long as a rule. */
 int bn_tree_is_free(struct daemon *d, const struct bn_report *own, const pid_t *tree, size_t n,
                     struct bn_error *err);
-/* Wait for the session of a root pid, or (root 0) of an image directory: one that runs, or the next one, however short it is.
- * bn_await puts `a` on the list, bn_awaited waits up to timeout_ms (NULL: not yet; the reference stays with `a`),
- * bn_await_end takes it off and drops the reference. */
+/* Wait for the session of a root pid, with dirfd >= 0 only for a dump of it into that directory, or (root 0) for a restore from the
+ * directory: one that runs, or the next one, however short it is. bn_await puts `a` on the list, bn_awaited waits up to timeout_ms
+ * (NULL: not yet; the reference stays with `a`), bn_await_end takes it off and drops the reference. */
 int bn_await(struct daemon *d, struct awaited *a, pid_t root, int dirfd);
 struct bn_report *bn_awaited(struct daemon *d, struct awaited *a, unsigned timeout_ms);
 void bn_await_end(struct daemon *d, struct awaited *a);
+/* Does somebody wait for the end of this dump, whose directory he named? *cancel (may be NULL) is then set if he hangs up, until the
+ * report is unpublished. */
+bool bn_is_awaited(struct daemon *d, struct bn_report *report, bool *cancel);
+/* Who waits has hung up. False: nothing depends on it. */
+bool bn_await_cancel(struct daemon *d, struct awaited *a);
 
 int bn_keep_suspended(struct daemon *d, struct bn_suspended *s);
 /* Its process `pid`, or NULL. With d->lock. */

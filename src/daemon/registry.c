@@ -50,9 +50,9 @@ int bn_daemon_thread(struct daemon *d, void *(*fn)(void *), void *arg)
 
 static bool fits(const struct awaited *a, const struct published *p)
 {
-    if (p->ended)
+    if (p->ended || a->root != p->root)
         return false;
-    return a->root > 0 ? a->root == p->root : p->root == 0 && a->dev == p->dev && a->ino == p->ino;
+    return (a->root > 0 && !a->folder) || (a->dev == p->dev && a->ino == p->ino);
 }
 
 int bn_publish(struct daemon *d, struct bn_report *report, pid_t root, int dirfd)
@@ -109,9 +109,9 @@ void bn_unpublish(struct daemon *d, struct bn_report *report)
 int bn_await(struct daemon *d, struct awaited *a, pid_t root, int dirfd)
 {
     struct stat st = {0};
-    if (root <= 0 && fstat(dirfd, &st) < 0)
+    if ((root == 0 || dirfd >= 0) && fstat(dirfd, &st) < 0)
         return -errno;
-    *a = (struct awaited){.root = root, .dev = st.st_dev, .ino = st.st_ino};
+    *a = (struct awaited){.root = root, .folder = dirfd >= 0, .dev = st.st_dev, .ino = st.st_ino};
     pthread_mutex_lock(&d->lock);
     for (struct published *p = d->published; p && !a->report; p = p->next)
         if (fits(a, p))
@@ -161,6 +161,32 @@ void bn_await_end(struct daemon *d, struct awaited *a)
         }
     pthread_mutex_unlock(&d->lock);
     bn_report_unref(a->report);
+}
+
+bool bn_is_awaited(struct daemon *d, struct bn_report *report, bool *cancel)
+{
+    bool awaited = false;
+    pthread_mutex_lock(&d->lock);
+    for (struct awaited *a = d->awaited; a; a = a->next)
+        awaited = awaited || (a->report == report && a->folder && a->root > 0);
+    for (struct published *p = d->published; p && awaited; p = p->next)
+        if (p->report == report)
+            p->cancel = cancel;
+    pthread_mutex_unlock(&d->lock);
+    return awaited;
+}
+
+bool bn_await_cancel(struct daemon *d, struct awaited *a)
+{
+    bool found = false;
+    pthread_mutex_lock(&d->lock);
+    for (struct published *p = d->published; p && a->folder; p = p->next)
+        if (p->report == a->report && p->cancel) {
+            __atomic_store_n(p->cancel, true, __ATOMIC_RELEASE);
+            found = true;
+        }
+    pthread_mutex_unlock(&d->lock);
+    return found;
 }
 
 /* ---- suspended trees ---- */

@@ -27,6 +27,7 @@ struct client {
 
     struct bn_report *report; /* of the session, between its BEGIN and its END */
     struct bn_dump *dump;
+    bool late; /* it is committed after its processes were let go */
     struct bn_restore *restore;
 };
 
@@ -186,18 +187,41 @@ static void keep_left(struct client *c, struct bn_suspended *left)
                 root, root);
 }
 
+static void aftermath(struct client *c, pid_t root)
+{
+    struct bn_error err = BN_ERROR_INIT;
+    struct bn_suspended *left;
+    if (bn_dump_aftermath(c->dump, &left, &err) < 0)
+        fprintf(stderr, "bennud: after the dump of %d: %s\n", root, err.text);
+    keep_left(c, left);
+}
+
+/* CRIU has heard already that all is well: who watches learns how it ends. */
+static void commit_late(struct client *c, pid_t root)
+{
+    struct bn_error err = BN_ERROR_INIT;
+    int r = bn_dump_commit(c->dump, &c->gone, &err);
+    if (r < 0 && err.code != ECANCELED)
+        fprintf(stderr, "bennud: the dump of %d failed at '%s': %s\n", root, err.stage, err.text);
+    session_end(c, r < 0 ? &err : NULL);
+}
+
 /* Runs after the reply, or in its place when the client has gone. */
 static void dump_let_go(struct client *c)
 {
     if (!c->dump)
         return;
-    struct bn_error err = BN_ERROR_INIT;
     pid_t root = bn_dump_targets(c->dump)->v[0].pid;
-    struct bn_suspended *left;
-    if (bn_dump_aftermath(c->dump, &left, &err) < 0)
-        fprintf(stderr, "bennud: after the dump of %d: %s\n", root, err.text);
+    bool first = !c->late || bn_dump_runs(c->dump);
+    if (first)
+        aftermath(c, root);
+    if (c->late)
+        commit_late(c, root);
+    if (!first)
+        aftermath(c, root);
+    bn_dump_free(c->dump);
     c->dump = NULL;
-    keep_left(c, left);
+    c->late = false;
     session_close(c, NULL);
 }
 
@@ -358,8 +382,12 @@ static int on_watch(struct client *c, struct request *rq, struct bn_writer *repl
         report = bn_awaited(c->d, &awaited, TICK_MS);
     struct bn_progress progress;
     struct bn_error outcome = BN_ERROR_INIT;
-    while (report && !bn_report_wait(report, TICK_MS, &progress, &outcome) && !hung_up(c->fd))
-        send_progress(c, &progress);
+    while (report && !bn_report_wait(report, TICK_MS, &progress, &outcome)) {
+        if (!hung_up(c->fd))
+            send_progress(c, &progress);
+        else if (!bn_await_cancel(c->d, &awaited))
+            break;
+    }
     struct bn_phases phases = {0};
     if (report) {
         bn_report_phases(report, &phases);
@@ -436,7 +464,7 @@ static int on_dump_begin(struct client *c, struct request *rq, struct bn_writer 
     uint32_t flags = bn_read_u32(&rq->body);
     if (rq->fd < 0 || (flags & BN_CTL_F_PARENT && rq->second < 0))
         return bn_error_set(err, EINVAL, "dump", "no image directory came with the request");
-    int r = session_open(c, root, -1, err);
+    int r = session_open(c, root, rq->fd, err);
     if (r < 0)
         return r;
     r = check_free(c, root, err);
@@ -445,8 +473,10 @@ static int on_dump_begin(struct client *c, struct request *rq, struct bn_writer 
         return r;
     }
     struct bn_suspended *left;
+    c->late = flags & BN_CTL_F_LEAVE_RUNNING && bn_is_awaited(c->d, c->report, NULL);
     struct bn_dump_options how = {.flags = (flags & BN_CTL_F_DRIVER_PATH ? BN_FIND_DRIVER_PATH : 0) |
                                            (flags & BN_CTL_F_SYNC ? BN_DUMP_SYNC : 0) |
+                                           (c->late ? BN_DUMP_ASIDE : 0) |
                                            flags >> BN_CTL_F_LEVEL_SHIFT << BN_DUMP_LEVEL_SHIFT,
                                   .dirfd = rq->fd,
                                   .parent = flags & BN_CTL_F_PARENT ? rq->second : -1,
@@ -494,15 +524,20 @@ static int on_dump_end(struct client *c, struct request *rq, struct bn_writer *r
         return bn_error_set(err, EINVAL, "dump", "no dump is under way on this connection");
     bn_report_criu(c->report, false);
     int r = 0;
+    /* He may have gone meanwhile: then nobody but CRIU can be told. */
+    c->late = c->late && result == 0 && bn_is_awaited(c->d, c->report, &c->gone);
     if (result == 0) {
         struct pump pump;
         pump_start(&pump, c, c->report, false);
-        r = bn_dump_commit(c->dump, &c->gone, err);
+        r = (c->late ? bn_dump_release : bn_dump_commit)(c->dump, &c->gone, err);
         pump_stop(&pump);
     } else {
         bn_dump_abort(c->dump);
     }
     write_phases(c, reply);
+    c->late = c->late && r == 0;
+    if (c->late)
+        return 0;
     struct bn_error criu = BN_ERROR_INIT;
     bn_error_set(&criu, ECANCELED, "criu", "CRIU could not dump the process (result %d)", result);
     session_end(c, result ? &criu : r < 0 ? err : NULL);
@@ -653,6 +688,7 @@ static void abandon(struct client *c)
     bn_error_set(&err, EPIPE, "session", "CRIU ended in the middle: see its log");
     if (c->dump)
         bn_dump_abort(c->dump);
+    c->late = false;
     session_end(c, &err);
     dump_let_go(c);
     session_close(c, NULL);

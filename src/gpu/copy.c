@@ -136,6 +136,11 @@ unsigned bn_copier_workers(const struct bn_copier *c, enum bn_copy_mode mode)
     return mode == BN_COPY_IN ? c->config.workers_in : c->config.workers;
 }
 
+unsigned bn_copier_threads(const struct bn_copier *c)
+{
+    return c->config.workers;
+}
+
 void bn_copier_reserve(struct bn_copier *c, unsigned pairs)
 {
     unsigned buffers = 2 * pairs < c->config.buffers ? 2 * pairs : c->config.buffers;

@@ -115,6 +115,12 @@ int bn_gpu_set_fd(struct bn_gpu_set *set, size_t i, struct bn_error *err);
 /* Device address of offset 0, for kernels and tests. */
 uint64_t bn_gpu_set_ptr(const struct bn_gpu_set *set);
 
+struct bn_copy_extent; /* below */
+/* Copy these ranges of `from`, one behind the other, to the beginning of `to`, which is on the same device, and wait for it: at the rate
+ * of the device's memory, not of its link. `mem_off` is ignored. -EINVAL: another device, or too little room. */
+int bn_gpu_set_gather(struct bn_gpu_set *to, const struct bn_gpu_set *from,
+                      const struct bn_copy_extent *extents, size_t n, struct bn_error *err);
+
 /* ---- Pinned host memory -------------------------------------------------------------------------------- */
 
 /* Host memory in a memfd, registered once with the driver for every device, handed out and taken back in
@@ -187,6 +193,8 @@ void bn_copier_hold(struct bn_copier *copier);
 void bn_copier_let_go(struct bn_copier *copier);
 /* Give back the staging buffers that no job has, unless somebody holds them. */
 void bn_copier_trim(struct bn_copier *copier);
+/* Threads of a BN_COPY_OUT job. */
+unsigned bn_copier_threads(const struct bn_copier *copier);
 /* Pin the staging buffers of one job now. */
 int bn_copier_warm(struct bn_copier *copier, struct bn_error *err);
 

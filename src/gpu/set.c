@@ -257,6 +257,51 @@ uint64_t bn_gpu_set_ptr(const struct bn_gpu_set *set)
     return set->base;
 }
 
+/* The context is current. */
+static CUresult gather(struct bn_gpu_set *to, const struct bn_gpu_set *from,
+                       const struct bn_copy_extent *extents, size_t n)
+{
+    const struct bn_driver *cu = &to->gpu->cu;
+    CUstream stream;
+    CUresult c = cu->StreamCreate(&stream, CU_STREAM_NON_BLOCKING);
+    if (c != CUDA_SUCCESS)
+        return c;
+    uint64_t at = 0;
+    for (size_t i = 0; i < n && c == CUDA_SUCCESS; i++) {
+        c = cu->MemcpyDtoDAsync(to->base + at, from->base + extents[i].offset, extents[i].bytes, stream);
+        at += extents[i].bytes;
+    }
+    CUresult done = cu->StreamSynchronize(stream); /* after a failure something may still be under way */
+    cu->StreamDestroy(stream);
+    return c != CUDA_SUCCESS ? c : done;
+}
+
+int bn_gpu_set_gather(struct bn_gpu_set *to, const struct bn_gpu_set *from,
+                      const struct bn_copy_extent *extents, size_t n, struct bn_error *err)
+{
+    uint64_t bytes = 0;
+    bool fits = to->dev == from->dev;
+    for (size_t i = 0; i < n && fits; i++) {
+        const struct bn_copy_extent *e = &extents[i];
+        fits =
+            e->offset <= from->bytes && e->bytes <= from->bytes - e->offset && e->bytes <= to->bytes - bytes;
+        bytes += e->bytes;
+    }
+    if (!fits)
+        return bn_error_set(err, EINVAL, "gather",
+                            "%zu ranges of %llu MiB on GPU %u do not fit into %llu MiB on GPU %u.", n,
+                            MIB(from->bytes), from->dev, MIB(to->bytes), to->dev);
+    int r = bn_gpu_enter(to->gpu, to->dev, "gather", err);
+    if (r < 0)
+        return r;
+    CUresult c = gather(to, from, extents, n);
+    bn_gpu_leave(to->gpu);
+    return c == CUDA_SUCCESS
+               ? 0
+               : bn_cuda_fail(err, c, "gather", "GPU %u: %llu MiB cannot be copied on the device", to->dev,
+                              MIB(bytes));
+}
+
 int bn_gpu_set_fd(struct bn_gpu_set *set, size_t i, struct bn_error *err)
 {
     struct block *b = &set->blocks[i];

@@ -12,6 +12,8 @@
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 
+#define INVENTORY "inventory.img" /* CRIU's, written last of its files */
+
 static int present(int dirfd, const char *name, bool not_empty)
 {
     struct stat st;
@@ -27,7 +29,7 @@ int bn_image_present(int dirfd)
 
 int bn_image_has_criu(int dirfd)
 {
-    return present(dirfd, "inventory.img", true);
+    return present(dirfd, INVENTORY, true);
 }
 
 static int read_manifest(int dirfd, void **out, size_t *len, struct bn_error *err)
@@ -36,7 +38,7 @@ static int read_manifest(int dirfd, void **out, size_t *len, struct bn_error *er
     bn_auto_fd fd = openat(dirfd, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
     struct stat st;
     if (fd < 0 && errno == ENOENT) {
-        if (present(dirfd, "inventory.img", false) == 1)
+        if (present(dirfd, INVENTORY, false) == 1)
             return bn_error_set(
                 err, ENOENT, "image",
                 "not a Bennu checkpoint (no %s): this is one of CRIU alone, or a dump that did not finish",
@@ -144,6 +146,15 @@ int bn_image_remove(int dirfd, struct bn_error *err)
             first == 0)
             first = bn_error_set(err, errno, "image", "cannot remove %s: %s", e->d_name, strerror(errno));
     return first;
+}
+
+int bn_image_spoil(int dirfd, struct bn_error *err)
+{
+    int first = 0;
+    if (unlinkat(dirfd, INVENTORY, 0) < 0 && errno != ENOENT)
+        first = bn_error_set(err, errno, "image", "cannot remove %s: %s", INVENTORY, strerror(errno));
+    int r = bn_image_remove(dirfd, first ? NULL : err);
+    return first ? first : r;
 }
 
 /* Bytes that come free with the packs in the folder: a link elsewhere keeps them. */

@@ -31,6 +31,9 @@ int bn_image_lock(int dirfd, bool exclusive, struct bn_error *err);
  * Bennu's stay. 0, or the first errno met; goes on after errors. */
 int bn_image_remove(int dirfd, struct bn_error *err);
 
+/* The same for a dump that will not be finished: CRIU's inventory goes first, without which CRIU takes it for no image either. */
+int bn_image_spoil(int dirfd, struct bn_error *err);
+
 /* Has CRIU finished its half (inventory.img is there and not empty)? 0 or 1, or a negative errno. */
 int bn_image_has_criu(int dirfd);
 

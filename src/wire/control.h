@@ -34,8 +34,10 @@ enum bn_ctl_type {
         12, /* u32 pid -> reply: u32 cuda processes, u32 agents, u64 bytes on GPUs. Refuses (error) what a dump of
                             the tree below pid would refuse; touches nothing. */
     BN_CTL_WATCH =
-        13, /* u32 pid (dump) or 0 + fd of image directory (restore): events of the session that will act on it,
-                            from now on; reply when that session has ended: phases, or its error */
+        13, /* u32 pid (dump), or pid + fd of image directory (dump into it), or 0 + fd (restore): events of the session that
+                            will act on it, from now on; reply when that session has ended: phases, or its error. Who watches a
+                            dump with BN_CTL_F_LEAVE_RUNNING into its directory waits for its end: if it hangs up before, the
+                            dump is undone. */
 
     BN_CTL_PREPARE =
         14, /* u32 pid, u32 flags, u64 bytes a second (0: no limit), fd image directory with BN_CTL_F_FOLDER, fd of the
@@ -52,8 +54,8 @@ enum bn_ctl_type {
         21, /* u32 pid -> reply: u32 handled (0: no CUDA in it; error: it uses CUDA and is not part of
                                  the session, e.g. it started meanwhile) */
     BN_CTL_DUMP_END =
-        22, /* i32 CRIU's result, u32 flags. Result 0: waits for the copy, writes the manifest. Else undoes. Reply:
-                                 phases. After a good reply the daemon lets the processes go on if CRIU leaves them running and
+        22, /* i32 CRIU's result, u32 flags. Result 0: waits for the copy, writes the manifest; or does so after the reply, see
+                                 BN_CTL_F_LEAVE_RUNNING. Else undoes. Reply: phases. After a good reply the daemon lets the processes go on if CRIU leaves them running and
                                  forgets them when they die. A connection closed before the reply undoes everything. */
     BN_CTL_DUMP_THREAD = 23, /* u32 pid -> reply: u32 thread of its agent in our pid namespace, 0: none */
     BN_CTL_DUMP_PURGE =
@@ -84,7 +86,10 @@ extern const char *const bn_tier_names[BN_TIERS]; /* [0] is NULL */
 #define BN_CTL_F_STOCK_IMAGE \
     4u /* RESTORE_BEGIN: the image was made by CRIU's own CUDA plugin: no manifest, driver path for
                                      every process that answers as checkpointed */
-#define BN_CTL_F_LEAVE_RUNNING 8u /* information only */
+#define BN_CTL_F_LEAVE_RUNNING \
+    8u /* DUMP_BEGIN: the processes go on afterwards. If somebody watches the dump into this directory, DUMP_END is answered as soon as
+                                     nothing is copied from their memory any more: the watcher alone learns how it ends. Else it
+                                     means nothing. */
 #define BN_CTL_F_KEEP_CONTEXT \
     32u /* SUSPEND: only the memory is taken; the driver is asked nothing, and contexts stay */
 #define BN_CTL_F_SYNC \

@@ -1,6 +1,8 @@
 """Checkpoints that send little: chunks asked for by their hashes."""
 
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -279,6 +281,193 @@ class WhileItRuns(Live):
         self.live(program, "ck", "--bandwidth=4G")
         self.restore(program)
         program.go_on()
+
+
+class Aside(Live):
+    """What has to be sent is set aside on the GPU, and the program goes on while it is on its way to the disk."""
+    sim = {"BENNU_SIM_STATE_MB": "1", "BENNU_SIM_MEMORY": "4G"}
+    # More than what is not worth it. A pass of --live takes so long that the program rewrites most of it meanwhile.
+    many = {"hot": 64, "cold": 4}
+    slowly = ("--live", "--bandwidth=64M")
+
+    def start_dump(self, program, *args):
+        with open(self.path("answer"), "wb") as out, open(self.path("message"), "wb") as err:
+            dump = subprocess.Popen([BENNU, "dump", "--leave-running", "--json", *args, str(program.pid), self.path("ck")],
+                                    env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        self.addCleanup(dump.wait, harness.PATIENCE)
+        self.addCleanup(lambda: dump.poll() is None and dump.kill())
+        return dump
+
+    def ended(self, dump):
+        return None if dump.poll() is None else f"it ended: {text_of(self.path('message'))}"
+
+    def has(self, name):
+        return os.path.exists(self.path("ck", name))
+
+    @contextlib.contextmanager
+    def written_later(self, program, *args, **env):
+        """A dump, and the daemon stopped before it waits for the rest of it: nothing can be written, and the program runs."""
+        self.start_daemon(BENNUD_TEST_KILL="@commit:begin", **env)
+        worker, = harness.children_of(self.daemon.pid)
+        dump = self.start_dump(program, *args)
+        harness.wait_for(lambda: harness.state_of(worker) == "T", "the daemon waits for the rest", lambda: self.ended(dump))
+        try:
+            self.assertTrue(self.has("inventory.img"))
+            self.assertFalse(self.has(harness.MANIFEST))
+            self.assertIsNone(dump.poll())
+            yield dump, worker
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGCONT)
+        self.code = dump.wait(harness.PATIENCE)
+
+    def answer(self):
+        self.assertEqual(self.code, 0, text_of(self.path("message")))
+        return json.loads(text_of(self.path("answer")))
+
+    def restores(self, program):
+        """To the moment of the dump, also when the program went on after it."""
+        self.assertIs(self.ok_json("inspect", "--verify", self.path("ck"))["verified"], True)
+        if harness.alive(program.pid):
+            program.kill()
+        program.will_go_back()
+        self.restore(program)
+        program.go_on()
+
+    @staticmethod
+    def seconds_of(answer, phase):
+        return [p["duration_s"] for p in answer["phases"] if p["name"] == phase]
+
+    def test_the_program_does_not_wait(self):
+        program = self.cut(**self.many)
+        with self.written_later(program, *self.slowly):
+            program.go_on()
+        answer = self.answer()
+        aside = self.bytes_of(answer, "set-aside")
+        self.assertGreater(aside, 64 * MIB)
+        self.assertEqual(aside, self.bytes_of(answer, "copy-out"))
+        pause, = self.seconds_of(answer, "pause")
+        gpu_pause, = self.seconds_of(answer, "gpu-pause")
+        self.assertLess(gpu_pause, pause)
+        program.go_on()
+        self.restores(program)
+
+    def test_options(self):
+        """Around the page cache, compressed, with a parent."""
+        program = self.cut(**self.many)
+        with self.written_later(program, "--sync", "--compress=1"):
+            program.go_on()
+        answer = self.answer()
+        self.assertEqual(self.bytes_of(answer, "set-aside"), self.bytes_of(answer, "copy-out"))
+        self.assertEqual(self.stop_daemon(), 0)
+        os.rename(self.path("ck"), self.path("first"))
+        with self.written_later(program, f"--parent={self.path('first')}"):
+            program.go_on()
+        answer = self.answer()
+        self.assertGreater(self.bytes_of(answer, "set-aside"), 64 * MIB)
+        self.restores(program)
+
+    def test_the_gpu_is_full(self):
+        """Then the program waits for the copy, and for no more than that."""
+        program = self.cut(env={"BENNU_SIM_MEMORY": "900M"}, **self.many)
+        with self.written_later(program, BENNU_SIM_MEMORY="900M"):
+            program.go_on()
+        answer = self.answer()
+        self.assertEqual(self.bytes_of(answer, "set-aside"), 0)
+        self.assertGreater(self.bytes_of(answer, "copy-out"), 64 * MIB)
+        self.restores(program)
+
+    def test_setting_aside_fails(self):
+        program = self.cut(**self.many)
+        with self.written_later(program, BENNU_SIM_FAIL="cuMemcpyDtoDAsync:1+=999"):
+            program.go_on()
+        answer = self.answer()
+        self.assertEqual(self.bytes_of(answer, "set-aside"), 0)
+        self.restores(program)
+
+    def test_what_arrives_is_not_what_was_hashed(self):
+        program = self.cut(**self.many)
+        with self.written_later(program, BENNU_SIM_HASH="later"):
+            program.go_on()
+        self.assertEqual(self.code, 1)
+        self.assertIn("arrived with other bytes than were hashed", text_of(self.path("message")))
+        self.no_checkpoint(self.path("ck"))
+        program.go_on()
+
+    def test_the_program_ends_meanwhile(self):
+        program = self.cut(**self.many)
+        with self.written_later(program):
+            program.go_on()
+            program.kill()
+        self.assertEqual(self.code, 0, text_of(self.path("message")))
+        self.restores(program)
+
+    def test_the_disk_is_full(self):
+        program = self.cut(**self.many)
+        os.mkdir(self.path("ck"))
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1G", "tmpfs", self.path("ck")], check=False).returncode:
+            self.skipTest("no right to mount")
+        self.addCleanup(subprocess.run, ["umount", self.path("ck")], check=True)
+        with self.written_later(program):
+            program.go_on()
+            with open(self.path("ck", "other"), "wb") as other, contextlib.suppress(OSError):
+                os.posix_fallocate(other.fileno(), 0, os.statvfs(self.path("ck")).f_bavail * 4096)
+        self.assertEqual(self.code, 1)
+        self.assertEqual(text_of(self.path("message")).count("\n"), 1)
+        self.assertIn("No space left", text_of(self.path("message")))
+        self.no_checkpoint(self.path("ck"))
+        program.go_on()
+
+    def nothing_whole(self):
+        harness.wait_for(lambda: not self.has("inventory.img") and not any("pack" in n for n in os.listdir(self.path("ck"))),
+                         "no checkpoint is left")
+        self.assertFalse(self.has(harness.MANIFEST))
+
+    def late(self, program):
+        """A dump that takes long, after the moment at which the program was let go."""
+        dump = self.start_dump(program, "--compress=19")
+        harness.wait_for(lambda: self.has("inventory.img"), "CRIU has ended its half", lambda: self.ended(dump))
+        program.go_on()
+        self.assertIsNone(dump.poll(), text_of(self.path("message")))
+        return dump
+
+    def test_interrupted(self):
+        self.start_daemon()
+        program = self.cut(**self.many)
+        dump = self.late(program)
+        # Nothing else works on it meanwhile.
+        for command in (("dump", program.pid, self.path("other")), ("suspend", program.pid)):
+            self.refused(1, *command, says=f"{program.pid}")
+        self.assertFalse(os.path.exists(self.path("other")))
+        dump.send_signal(signal.SIGINT)
+        self.assertEqual(dump.wait(harness.PATIENCE), 128 + signal.SIGINT)
+        self.assertIn("interrupted", text_of(self.path("message")))
+        self.assertEqual(text_of(self.path("message")).count("\n"), 1)
+        self.assertFalse(os.path.exists(self.path("ck")))
+        program.go_on()
+        self.dump(program)
+        self.restore(program)
+        program.go_on()
+
+    def test_the_command_is_killed(self):
+        """Nobody would hear how it ends: it is undone."""
+        self.start_daemon()
+        program = self.cut(**self.many)
+        dump = self.late(program)
+        dump.kill()
+        dump.wait(harness.PATIENCE)
+        self.nothing_whole()
+        program.go_on()
+
+    def test_command_and_daemon_are_killed(self):
+        """The next worker undoes it."""
+        program = self.cut(**self.many)
+        with self.written_later(program) as (dump, worker):
+            dump.kill()
+            dump.wait(harness.PATIENCE)
+            os.kill(worker, signal.SIGKILL)
+            self.nothing_whole()
+            program.go_on()
 
 
 if __name__ == "__main__":

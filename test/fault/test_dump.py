@@ -99,6 +99,29 @@ class Dump(FaultTest):
         self.cycle()
         self.stop()
 
+    def test_after_the_processes_were_let_go(self):
+        """With --leave-running the rest is written while they run, and the command waits for it."""
+        for point in ("reply:end", "driver-restore:one", "give-back:begin", "open-gate:end", "forget:end", "commit:begin", "commit:one"):
+            with self.subTest(point):
+                self.daemon = Daemon(self, point)
+                done = self.bennu("dump", "--leave-running", self.app.pid, self.path("ck"))
+                self.assertEqual(done.returncode, 1)
+                self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+                self.daemon.wait_killed()
+                self.wait_state("running", "no agent")
+                self.app.go_on()
+                self.assertFalse(os.path.exists(self.path("ck")))
+                self.stop()
+        self.daemon = Daemon(self, "commit:end")
+        self.succeeds("dump", "--leave-running", self.app.pid, self.path("ck"))
+        self.daemon.wait_killed()
+        self.wait_state("running", "no agent")
+        self.app.go_on()
+        self.assertIn(MANIFEST, os.listdir(self.path("ck")))
+        fault.vanish(self.app.pid)
+        self.restore(self.path("ck"))
+        self.stop()
+
     def test_ahead_of_a_dump(self):
         """What was copied is removed, and nothing else is noticed."""
         for point, *command in (("pre-gate:begin", "pre-dump"), ("pre-gate:one", "pre-dump"), ("pre-gate:end", "pre-dump"),

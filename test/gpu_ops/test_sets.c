@@ -175,6 +175,90 @@ static void set_of_1000(void **state)
     assert_int_equal(gpu_free(0), before);
 }
 
+/* Chunk `n` of a set that set_fill(seed) has filled lies at `at` in `set`. */
+static int is_chunk(void *arg, uint64_t chunk, unsigned nchunks, const void *data, struct bn_error *err)
+{
+    const uint64_t *of = arg; /* the seed, and each chunk's number at its origin */
+    (void)err;
+    for (unsigned i = 0; i < nchunks; i++)
+        if (pattern_check((const char *)data + i * BN_GPU_CHUNK, of[0], of[1 + chunk + i], 1) < 0)
+            return -EILSEQ;
+    return 0;
+}
+
+static void gather(void **state)
+{
+    const uint64_t sizes[] = {2 * MIB, 6 * MIB, 4 * MIB};
+    uint64_t before = gpu_free(0);
+    struct bn_error err = BN_ERROR_INIT;
+    struct bn_gpu_set *from = make_set(0, 9, sizes, 3), *again = import_again(from); /* 18 chunks */
+    struct bn_gpu_set *to = make_set(0, 1, &(uint64_t){16 * MIB}, 1);
+    assert_int_equal(set_fill(copier, from, 5), 0);
+
+    /* A run across blocks, single chunks, the last one; memory of another process. */
+    const struct bn_copy_extent some[] = {{.offset = 2 * MIB, .bytes = 8 * MIB},
+                                          {.offset = 14 * MIB, .bytes = 2 * MIB},
+                                          {.offset = 34 * MIB, .bytes = 2 * MIB}};
+    uint64_t want[] = {5, 1, 2, 3, 4, 7, 17};
+    assert_ok(bn_gpu_set_gather(to, again, some, 3, &err), &err);
+    assert_int_equal(set_check(copier, from, 5), 0);
+    bn_gpu_set_free(again);
+    bn_gpu_set_free(from); /* what was gathered depends on neither */
+    struct bn_copy_spec spec = {.mode = BN_COPY_OUT,
+                                .set = to,
+                                .extents = &(struct bn_copy_extent){.bytes = 12 * MIB},
+                                .nextents = 1,
+                                .consume = is_chunk,
+                                .arg = want};
+    struct bn_copy *job;
+    assert_ok(bn_copy_start(copier, &spec, &job, &err), &err);
+    assert_ok(bn_copy_wait(job, NULL, NULL, 0, &err), &err);
+    assert_int_equal(bn_copy_done(job), 12 * MIB);
+    bn_copy_free(job);
+    bn_gpu_set_free(to);
+    assert_int_equal(gpu_free(0), before);
+}
+
+static void gather_refused(void **state)
+{
+    uint64_t size = 4 * MIB, before = gpu_free(0);
+    struct bn_error err = BN_ERROR_INIT;
+    struct bn_gpu_set *from = make_set(0, 1, &size, 1), *to = make_set(0, 1, &size, 1);
+    struct bn_copy_extent e[] = {{.bytes = 4 * MIB}, {.bytes = 2 * MIB}};
+    assert_fails(bn_gpu_set_gather(to, from, e, 2, &err), EINVAL, &err); /* more than there is room for */
+    const struct bn_copy_extent outside[] = {{.offset = 4 * MIB, .bytes = 2 * MIB},
+                                             {.offset = 2 * MIB, .bytes = UINT64_MAX - MIB},
+                                             {.offset = UINT64_MAX - MIB, .bytes = 2 * MIB}};
+    for (size_t i = 0; i < BN_ARRAY_SIZE(outside); i++) {
+        err = (struct bn_error)BN_ERROR_INIT;
+        assert_fails(bn_gpu_set_gather(to, from, &outside[i], 1, &err), EINVAL, &err);
+    }
+    if (bn_gpu_count(gpu) > 1) {
+        struct bn_gpu_set *other = make_set(1, 1, &size, 1);
+        err = (struct bn_error)BN_ERROR_INIT;
+        assert_fails(bn_gpu_set_gather(other, from, e, 1, &err), EINVAL, &err);
+        bn_gpu_set_free(other);
+    }
+    bn_gpu_set_free(from);
+    bn_gpu_set_free(to);
+    assert_int_equal(gpu_free(0), before);
+}
+
+static void gather_fails(void **state)
+{
+    inject("cuMemcpyDtoDAsync:2=999");
+    uint64_t size = 4 * MIB;
+    struct bn_error err = BN_ERROR_INIT;
+    struct bn_gpu_set *from = make_set(0, 1, &size, 1), *to = make_set(0, 1, &size, 1);
+    const struct bn_copy_extent e[] = {{.bytes = 2 * MIB}, {.offset = 2 * MIB, .bytes = 2 * MIB}};
+    int r = bn_gpu_set_gather(to, from, e, 2, &err);
+    inject("");
+    assert_true(r < 0 && bn_error_is_set(&err));
+    assert_ok(bn_gpu_set_gather(to, from, e, 2, &err), &err);
+    bn_gpu_set_free(from);
+    bn_gpu_set_free(to);
+}
+
 static void second_process(void **state)
 {
     struct {
@@ -344,11 +428,13 @@ static void pool_threads(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(devices),     cmocka_unit_test(wrong_drivers),
-        cmocka_unit_test(bad_sets),    cmocka_unit_test(sets),
-        cmocka_unit_test(set_of_1000), cmocka_unit_test(foreign_descriptors),
-        cmocka_unit_test(pool_limit),  cmocka_unit_test(second_process),
-        cmocka_unit_test(pool_pieces), cmocka_unit_test(pool_threads),
+        cmocka_unit_test(devices),        cmocka_unit_test(wrong_drivers),
+        cmocka_unit_test(bad_sets),       cmocka_unit_test(sets),
+        cmocka_unit_test(set_of_1000),    cmocka_unit_test(foreign_descriptors),
+        cmocka_unit_test(pool_limit),     cmocka_unit_test(gather),
+        cmocka_unit_test(gather_refused), cmocka_unit_test(gather_fails),
+        cmocka_unit_test(second_process), cmocka_unit_test(pool_pieces),
+        cmocka_unit_test(pool_threads),
     };
     return cmocka_run_group_tests(tests, up, down);
 }
