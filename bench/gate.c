@@ -8,6 +8,7 @@
  * cuCtxGetCurrent   the driver's cheapest gated call, again and again: all that it touches is in the first cache
  * displaced         the same, but between two calls the first cache, much of the second, and the processor's first table of
  *                   pages are filled with other data and code, as a call that works for microseconds does; each is timed alone
+ * cuMemAlloc …      an allocation and its free, of several sizes: not the gate's cost, but that of memory that can be taken away
  * cuLaunchKernel    (--kernels) launches of a kernel that does nothing much, 400 at a time, so that no queue is ever full
  */
 #include "agent/api/api_table.h"
@@ -27,6 +28,7 @@
 #define COLD_CALLS 200
 #define COLD_BYTES (384u << 10) /* a second cache has 512 KiB and more, and is to keep some */
 #define COLD_CODE (48u << 10)
+#define ALLOC_RUNS 51
 #define LAUNCH_RUNS 301
 #define LAUNCHES 400
 #define RUNS_MAX 301
@@ -40,6 +42,8 @@ static CUdeviceptr counter;
 struct side {
     bn_pfn_cuCtxGetCurrent get_current;
     bn_pfn_cuLaunchKernel launch;
+    bn_pfn_cuMemAlloc_v2 allocate;
+    bn_pfn_cuMemFree_v2 release;
 };
 
 static double now_ns(void)
@@ -55,7 +59,7 @@ static _Noreturn void give_up(const char *what, const char *why)
     exit(1);
 }
 
-/* ---- three ways to call: nanoseconds a call ---------------------------------------------------------- */
+/* ---- ways to call: nanoseconds a call --------------------------------------------------------------- */
 
 static int threads = 1;
 
@@ -154,6 +158,17 @@ static double displaced(const struct side *side)
     return sum / (COLD_CALLS * 9 / 10);
 }
 
+static size_t alloc_bytes;
+
+static double allocation(const struct side *side)
+{
+    CUdeviceptr p;
+    double start = now_ns();
+    if (side->allocate(&p, alloc_bytes) != CUDA_SUCCESS || side->release(p) != CUDA_SUCCESS)
+        give_up("cuMemAlloc", "failed");
+    return now_ns() - start;
+}
+
 static double launches(const struct side *side)
 {
     void *params[] = {&counter};
@@ -186,9 +201,9 @@ static void compare(const char *what, double (*run)(const struct side *), int ru
     qsort(a, (size_t)runs, sizeof(a[0]), ascending);
     qsort(b, (size_t)runs, sizeof(b[0]), ascending);
     qsort(more, (size_t)runs, sizeof(more[0]), ascending);
-    printf(
-        "%s: direct %.2f ns, gated %.2f ns, the gate costs %.2f ns (quartiles of %d pairs %.2f and %.2f)\n",
-        what, a[runs / 2], b[runs / 2], more[runs / 2], runs, more[runs / 4], more[runs * 3 / 4]);
+    printf("%s: direct %.2f ns, gated %.2f ns, the %s costs %.2f ns (quartiles of %d pairs %.2f and %.2f)\n",
+           what, a[runs / 2], b[runs / 2], run == allocation ? "agent" : "gate", more[runs / 2], runs,
+           more[runs / 4], more[runs * 3 / 4]);
 }
 
 static void *open_library(const char *path)
@@ -202,10 +217,12 @@ static void *open_library(const char *path)
 static struct side side_of(void *library)
 {
     return (struct side){(bn_pfn_cuCtxGetCurrent)dlsym(library, "cuCtxGetCurrent"),
-                         (bn_pfn_cuLaunchKernel)dlsym(library, "cuLaunchKernel")};
+                         (bn_pfn_cuLaunchKernel)dlsym(library, "cuLaunchKernel"),
+                         (bn_pfn_cuMemAlloc_v2)dlsym(library, "cuMemAlloc_v2"),
+                         (bn_pfn_cuMemFree_v2)dlsym(library, "cuMemFree_v2")};
 }
 
-static void load_kernel(void *agent, const char *path)
+static void load_kernel(void *agent, const struct side *gated, const char *path)
 {
     static char text[1 << 20];
     CUmodule module;
@@ -215,9 +232,8 @@ static void load_kernel(void *agent, const char *path)
     fclose(f);
     bn_pfn_cuModuleLoadData load = (bn_pfn_cuModuleLoadData)dlsym(agent, "cuModuleLoadData");
     bn_pfn_cuModuleGetFunction get = (bn_pfn_cuModuleGetFunction)dlsym(agent, "cuModuleGetFunction");
-    bn_pfn_cuMemAlloc_v2 allocate = (bn_pfn_cuMemAlloc_v2)dlsym(agent, "cuMemAlloc_v2");
     if (load(&module, text) != CUDA_SUCCESS || get(&function, module, "bn_increment") != CUDA_SUCCESS ||
-        allocate(&counter, 8) != CUDA_SUCCESS)
+        gated->allocate(&counter, 8) != CUDA_SUCCESS)
         give_up(path, "cannot be loaded");
 }
 
@@ -252,8 +268,14 @@ int main(int argc, char **argv)
     compare(what, hot, HOT_RUNS, &direct, &gated);
     displace_prepare();
     compare("cuCtxGetCurrent, displaced", displaced, COLD_RUNS, &direct, &gated);
+    static const unsigned mib[] = {2, 20, 64, 160, 252};
+    for (size_t i = 0; i < sizeof(mib) / sizeof(mib[0]); i++) {
+        snprintf(what, sizeof(what), "cuMemAlloc and cuMemFree of %u MiB", mib[i]);
+        alloc_bytes = (size_t)mib[i] << 20;
+        compare(what, allocation, ALLOC_RUNS, &direct, &gated);
+    }
     if (kernels) {
-        load_kernel(agent, kernels);
+        load_kernel(agent, &gated, kernels);
         compare("cuLaunchKernel", launches, LAUNCH_RUNS, &direct, &gated);
     }
     return 0;

@@ -294,8 +294,9 @@ class Bench:
 
     # ---- programs ----
 
-    def start(self, name, argv, agent=True, commands=True):
-        """Starts a program in a session of its own, standard input empty, output to a file: as CRIU likes it."""
+    def start(self, name, argv, agent=True, commands=True, cores=None):
+        """Starts a program in a session of its own, standard input empty, output to a file: as CRIU likes it. All of its threads run on
+        `cores`, if any are named."""
         self.count += 1
         log, fifo = self.work / f"{name}-{self.count}.out", self.work / f"{name}-{self.count}.fifo"
         run = [self.bennu, "run", "--", *argv] if agent else list(argv)
@@ -304,7 +305,7 @@ class Bench:
             run += ["--commands", fifo]
         with open(log, "ab") as out:
             p = subprocess.Popen([str(a) for a in run], env=self.env(agent), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                                 start_new_session=True)
+                                 start_new_session=True, preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None)
         program = Program(self, name, p, log, fifo)
         self.programs.append(program)
         return program

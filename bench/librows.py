@@ -116,7 +116,7 @@ def targets(sizes):
           ["llm.restored"])
     for key, text in LOOPS.items():
         row("overhead", f"under the agent, {text}: slower by", "%", 1, "lower",
-            lambda m, k=key: (m(f"loop.{k}.with") / m(f"loop.{k}.without") - 1) * 100, f"loop.{key}.with", f"loop.{key}.without")
+            lambda m, k=key: (m(f"loop.{k}.ratio") - 1) * 100, f"loop.{key}.ratio")
     for key, text in (("gate", "a gated call"), ("gate.cold", "a gated call with other code and data in the caches"), ("gate.launch", "a gated launch")):
         row("gate", f"{text} costs more by", "ns", 15, "lower", lambda m, k=key: m(f"{k}.cost"), f"{key}.cost")
     row("rest", "daemon at rest: CPU", "%", 0, "lower", lambda m: m("rest.cpu"), "rest.cpu")
@@ -132,11 +132,14 @@ LOOPS = {
     "gemm": "GEMM loop (PyTorch)", "memory": "memory-bound loop (PyTorch)", "decode": "token-by-token decode (PyTorch)",
     "launches": "10,000 small launches (PyTorch)", "allocations": "allocation loop (PyTorch)",
     "c-memory": "memory-bound loop (driver API)", "c-launches": "10,000 small launches (driver API)",
-    "c-allocations": "allocation loop (driver API)", "c-small": "allocation loop of blocks up to 4 MiB (driver API)",
+    "c-allocations": "allocation loop (driver API)", "c-segments": "what PyTorch's allocator asks of the driver (driver API)",
+    "c-small": "allocation loop of blocks up to 4 MiB (driver API)",
 }
 
 
 def runs_of(values, **more):
+    if len(values) > 4:
+        more["quartiles"] = statistics.quantiles(values, n=4)[::2]
     return {"n": len(values), "min": min(values), "median": statistics.median(values), "max": max(values), "values": values,
             **{k: v for k, v in more.items() if v}}
 
@@ -150,6 +153,8 @@ def make_rows(figures, sizes, skipped):
             value = fn(f.median)
             runs[name] = {"step": step, "at": max(figures[k]["at"] for k in keys), "from": [figures[k]["name"] for k in keys],
                           "n": min(len(figures[k]["values"]) for k in keys)}
+            if len(keys) == 1 and figures[keys[0]]["note"]:
+                runs[name]["note"] = figures[keys[0]]["note"]
         except Missing as e:
             value = None
             runs[name] = {"step": step, "note": skipped.get(step) or f"not measured: {e}"}

@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import socket
+import statistics
 import sys
 import time
 
@@ -21,11 +22,12 @@ def sizes_for(simulated, quick):
         n = 1 if quick else 4
         s = {"big": 64 * n * MIB, "block": 16 * MIB, "mid": 32 * n * MIB, "small": 2 * MIB, "load": 64 * n * MIB, "disk": 64 * n * MIB,
              "disk_test": 64 * n * MIB, "torch_gb": 0.1, "copy": 32 * n * MIB, "rest_s": 1 if quick else 3, "rounds": 2 if quick else 5,
-             "slow": 1, "loops": 2 if quick else 5, "scale": 256 if quick else 64, "hash": 16 * n * MIB, "hash_chunks": 12 * n,
+             "slow": 1, "loop_rounds": (4, 4) if quick else (6, 12), "loop_s": 1, "loop_pairs": {"c-": 2, "": 1}, "scale": 256 if quick else 64, "hash": 16 * n * MIB, "hash_chunks": 12 * n,
              "rewrite": 8 * n * MIB, "period": 20, "hot": 4 * n * MIB, "window": 0.1, "pause": 1, "torch_live": 1}
     else:
         s = {"big": 64 * GIB, "block": GIB, "mid": 16 * GIB, "small": 2 * MIB, "load": 40 * GIB, "disk": 12 * GIB, "disk_test": 6 * GIB,
-             "torch_gb": 7, "copy": 2 * GIB, "rest_s": 5, "rounds": 5, "slow": 1 if quick else 2, "loops": 5 if quick else 11, "scale": 1,
+             "torch_gb": 7, "copy": 2 * GIB, "rest_s": 5, "rounds": 5, "slow": 1 if quick else 2, "loop_rounds": (5, 31) if quick else (11, 101),
+             "loop_s": 2 if quick else 9, "loop_pairs": {"c-": 3, "": 2}, "scale": 1,
              "hash": 64 * GIB, "hash_chunks": 4096, "rewrite": 20 * GIB, "period": 250, "hot": 4 * GIB, "window": 3, "pause": 3, "torch_live": 36}
         if quick:
             s.update(big=16 * GIB, mid=4 * GIB, load=8 * GIB, disk=4 * GIB, disk_test=2 * GIB, rounds=3, hash=16 * GIB, rewrite=4 * GIB,
@@ -58,7 +60,11 @@ class Steps(libsteps_live.LiveSteps):
     def add(self, key, name, values, unit="s", better="lower", note=""):
         self.f.add(key, name, values, unit, better, note, self.step)
         values = values if isinstance(values, list) else [values]
-        self.t.say(f"  {name}: {' '.join(f'{v:.4g}' for v in values)} {unit}")
+        if len(values) <= 12:
+            text = " ".join(f"{v:.4g}" for v in values)
+        else:
+            text = "{:.4g} [{:.4g} {:.4g} {:.4g}] {:.4g}".format(min(values), *statistics.quantiles(values, n=4), max(values)) + f" of {len(values)}"
+        self.t.say(f"  {name}: {text} {unit}")
 
     # ---- the machine ----
 
@@ -79,7 +85,7 @@ class Steps(libsteps_live.LiveSteps):
         found = {}
         for _ in range(self.s["rounds"]):
             out = self.t.tool("bench-gate", "--kernels", ROOT / "sim/kernels.ptx", self.t.agent, self.t.driver, timeout=50)
-            for name, direct, cost in re.findall(r"^(.*?): direct ([\d.]+) ns, gated [\d.]+ ns, the gate costs (-?[\d.]+) ns", out, re.M):
+            for name, direct, cost in re.findall(r"^(.*?): direct ([\d.]+) ns, gated [\d.]+ ns, the \w+ costs (-?[\d.]+) ns", out, re.M):
                 found.setdefault(name.split(", 1 thread")[0], []).append((float(direct), float(cost)))
         for key, name, text in (("gate", "cuCtxGetCurrent", "cuCtxGetCurrent"),
                                 ("gate.cold", "cuCtxGetCurrent, displaced", "cuCtxGetCurrent with other code and data in the caches"),
@@ -89,6 +95,10 @@ class Steps(libsteps_live.LiveSteps):
             self.add(f"{key}.cost", f"the gate: {text} through the agent, more", [c for _, c in found[name]], "ns",
                      note="each the median of the differences of many pairs of runs, by turns in one process")
             self.add(f"{key}.direct", f"{text}, the driver alone", [d for d, _ in found[name]], "ns")
+        for name in (n for n in found if n.startswith("cuMemAlloc")):
+            self.add(f"gate.{name}.direct", f"{name}, the driver alone", [d / 1e3 for d, _ in found[name]], "us")
+            self.add(f"gate.{name}.cost", f"{name} through the agent, more", [c / 1e3 for _, c in found[name]], "us",
+                     note="each the median of the differences of 51 pairs, by turns in one process")
 
     def rest(self):
         """The daemon with nothing to do, before and after it has worked."""
@@ -213,25 +223,50 @@ class Steps(libsteps_live.LiveSteps):
             hosts.append(("", [sys.executable, PROGRAMS / "loops.py"]))
         except Skipped as e:
             missing = e
+        before = os.sched_getaffinity(0)
         for prefix, argv in hosts:
-            # Both at once, one of them idle while the other is measured: they are taken by turns, at one clock and temperature.
-            pair = [(which, t.start(f"loops{prefix}{which}", argv, agent=which == "with")) for which in ("without", "with")]
-            for _, program in pair:
-                program.wait_for("^ready", "its first run", 120)
-            for key, text in LOOPS.items():
-                if key.startswith("c-") != (prefix == "c-"):
-                    continue
-                loop, taken = key.removeprefix("c-"), {"with": [], "without": []}
-                for i in range(s["loops"] + 1):
-                    for which, program in pair if i % 2 else pair[::-1]:
-                        seconds = float(program.ask(loop, rf"^{loop} ([\d.]+)$")[1])
-                        if i > 0:
-                            taken[which].append(seconds)
-                for which, values in taken.items():
-                    self.add(f"loop.{key}.{which}", f"{text}, {which} the agent", values, note="by turns with the other, after one to warm up")
-            t.end_programs()
+            # Both of a pair run on the same cores, and this process, which looks for their answers, on others. One core does for the
+            # driver API; PyTorch brings threads of its own, and four processes start at once.
+            cores = sorted(before)[-(1 if prefix else 4):]
+            try:
+                os.sched_setaffinity(0, before - set(cores) or before)
+                self.overhead_of(prefix, argv, cores)
+            finally:
+                os.sched_setaffinity(0, before)
+                t.end_programs()
         if missing:
             raise Skipped(f"{missing}: the loops of PyTorch were left out")
+
+    def overhead_of(self, prefix, argv, cores):
+        """Every loop of one program, with and without the agent. All programs are there at once, and all but the one under measurement
+        idle: they are taken by turns, at one clock and temperature. Several pairs, since where a process's memory happens to lie makes a
+        difference that no number of rounds evens out."""
+        t, s = self.t, self.s
+        pairs = [[(which, t.start(f"loops{prefix}{which}", argv, agent=which == "with", cores=cores)) for which in ("without", "with")]
+                 for _ in range(s["loop_pairs"][prefix])]
+        for _, program in sum(pairs, []):
+            program.wait_for("^ready", "its first run", 120)
+        for key, text in LOOPS.items():
+            if key.startswith("c-") != (prefix == "c-"):
+                continue
+            taken, medians = {"with": [], "without": [], "ratio": []}, []
+            for pair in pairs:
+                warm = [run_pair(pair, key.removeprefix("c-"), order) for order in (0, 1)]
+                fewest, most = s["loop_rounds"]
+                rounds = min(max(fewest, int(s["loop_s"] / sum(warm[1].values()))), most)
+                mine = [run_pair(pair, key.removeprefix("c-"), i % 2) for i in range(-(-rounds // len(pairs)))]
+                medians.append(statistics.median(r["with"] / r["without"] for r in mine))
+                for r in mine:
+                    taken["with"].append(r["with"])
+                    taken["without"].append(r["without"])
+                    taken["ratio"].append(r["with"] / r["without"])
+            where = f"by turns on {'core' if len(cores) == 1 else 'cores'} {','.join(map(str, cores))}, two rounds to warm up"
+            for which in ("with", "without"):
+                self.add(f"loop.{key}.{which}", f"{text}, {which} the agent", taken[which], note=where)
+            low, high = median_range(taken["ratio"])
+            self.add(f"loop.{key}.ratio", f"{text}, with / without the agent", taken["ratio"], "x", note=(
+                f"median of {len(taken['ratio'])} paired ratios (95 %: {(low - 1) * 100:+.2f} to {(high - 1) * 100:+.2f} %; medians of each pair of "
+                f"processes: {', '.join(f'{(m - 1) * 100:+.2f}' for m in medians)} %); {where}"))
 
     # ---- dump and restore ----
 
@@ -394,6 +429,17 @@ class Steps(libsteps_live.LiveSteps):
 
 
 # ---- small things ----
+
+def run_pair(pair, loop, turned):
+    """One round of a loop in both programs of a pair, one after the other: {"with": seconds, "without": seconds}."""
+    return {which: float(program.ask(loop, rf"^{loop} ([\d.]+)$")[1]) for which, program in (pair[::-1] if turned else pair)}
+
+
+def median_range(values):
+    """Where the median of what these values are a sample of lies, with 95 %: order statistics, so no shape of it is assumed."""
+    values, half = sorted(values), 0.98 * len(values) ** 0.5
+    return values[max(0, int(len(values) / 2 - half))], values[min(len(values) - 1, int(len(values) / 2 + half))]
+
 
 def need_torch(t):
     if t.simulated:

@@ -37,6 +37,18 @@ class Rows(unittest.TestCase):
         self.assertEqual(runs["suspend_rate"], {"n": 3, "min": 40.0, "median": 45.0, "max": 90.0, "values": [40.0, 45.0, 90.0], "step": "x",
                                                 "at": runs["suspend_rate"]["at"]})
 
+    def test_overhead_is_the_median_of_paired_ratios(self):
+        data = figures(**{"loop_c-launches_ratio": [1.01, 0.99, 1.03, 1.02, 1.05]})
+        data["loop.c-launches.ratio"]["note"] = "how"
+        rows, runs = librows.make_rows(data, SIZES, {})
+        self.assertAlmostEqual(self.value(rows, "under the agent, 10,000 small launches (driver API)"), 2)
+        self.assertEqual(runs["under the agent, 10,000 small launches (driver API): slower by"]["note"], "how")
+        self.assertEqual(runs["loop_c-launches_ratio"]["quartiles"], [1.0, 1.04])
+
+    def test_where_a_median_lies(self):
+        self.assertEqual(libsteps.median_range([3, 1, 2]), (1, 3))
+        self.assertEqual(libsteps.median_range(list(range(101))), (40, 60))  # 0.98 times the root of 101 to each side of 50
+
     def test_a_target_without_its_figures_has_no_value(self):
         rows, runs = librows.make_rows(figures(suspend_rate=45.0), SIZES, {"link": "no", "suspend": "why"})
         self.assertIsNone(self.value(rows, "suspend 64 MiB, host tier: rate"))

@@ -10,6 +10,8 @@
  * launches     10,000 launches of a kernel of one thread, and a wait for all
  * allocations  300 allocations and frees of 64 KiB to 256 MiB, 12 of them alive at a time
  * small        20,000 allocations and frees of 256 bytes to 4 MiB, 256 of them alive at a time: many share memory
+ * segments     48 allocations and frees of 2 to 252 MiB: all that PyTorch's allocator asks of the driver for the loop `allocations` of
+ *              loops.py, where it keeps what it frees and gives it back in bursts
  * memory       copies of 1 GiB within the GPU
  */
 #include "driver.h"
@@ -66,6 +68,27 @@ static void small(void)
     }
 }
 
+/* Allocations (MiB), numbered from 1 as they come, and frees of those numbers (negative). */
+static const short segment_steps[] = {
+    2,   20,  34,  244, 34,  50,  2,   20,  48,  58,  58,  168, 78,  106, 230, 226, 252, -2,  -4,  -5,
+    -7,  -8,  -9,  -10, -16, 2,   104, -11, -13, -18, 72,  2,   -15, -17, 114, 184, 230, -14, -19, -21,
+    -22, 154, 2,   -12, -23, -24, 138, 194, 2,   154, -3,  -20, -25, -29, -30, 176, 186, 122, 132, -27,
+    -28, -32, 172, 170, 244, 218, 138, 248, -26, -33, -36, -38, -39, 2,   2,   198, -31, -37, 138, 200,
+    236, 220, 248, -1,  -40, -45, -46, -47, -6,  -34, -35, -41, -42, -43, -44, -48};
+
+static void segments(void)
+{
+    CUdeviceptr made[49];
+    unsigned count = 0;
+    for (size_t i = 0; i < sizeof(segment_steps) / sizeof(segment_steps[0]); i++) {
+        int step = segment_steps[i];
+        if (step > 0)
+            MUST(cuMemAlloc_v2(&made[++count], ((size_t)step << 20) / scale));
+        else
+            MUST(cuMemFree_v2(made[-step]));
+    }
+}
+
 static void memory(void)
 {
     for (unsigned i = 0; i < 512 / scale; i++)
@@ -76,7 +99,11 @@ static void memory(void)
 static const struct {
     const char *name;
     void (*run)(void);
-} loops[] = {{"launches", launches}, {"allocations", allocations}, {"small", small}, {"memory", memory}};
+} loops[] = {{"launches", launches},
+             {"allocations", allocations},
+             {"segments", segments},
+             {"small", small},
+             {"memory", memory}};
 
 int main(int argc, char **argv)
 {

@@ -8,7 +8,7 @@ It prints "ready", and then obeys lines of the FIFO: the name of a loop runs it 
 
 gemm         1,000 products of 4096 x 4096 matrices, bf16
 memory       100 times 4 GB of device memory read and written
-decode       24 tokens of a model of Qwen2-1.5B's shape, one after another
+decode       8 tokens of a model of Qwen2-1.5B's shape, one after another
 launches     10,000 operations on one number
 allocations  1,000 tensors made and dropped, 20 alive, the cache emptied now and then
 """
@@ -55,7 +55,7 @@ class Loops:
     def decode(self):
         ids, cache = torch.arange(64, device="cuda").unsqueeze(0), None
         with torch.inference_mode():
-            for _ in range(24):
+            for _ in range(8):
                 out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
                 cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
                 ids.item()
