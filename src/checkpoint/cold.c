@@ -1,6 +1,7 @@
 #include "checkpoint/cold.h"
 
 #include "base/cleanup.h"
+#include "base/io.h"
 #include "store/image_dir.h"
 #include "store/pack.h"
 
@@ -11,6 +12,9 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+
+#define NOTE "bennu-suspended"
+#define NOTE_MAX ((size_t)64 << 20)
 
 struct bn_cold {
     unsigned references;
@@ -66,6 +70,7 @@ void bn_cold_remove(int dirfd)
 {
     char link[64], path[PATH_MAX];
     struct stat there, ours;
+    unlinkat(dirfd, NOTE, 0);
     bn_image_remove(dirfd, NULL);
     snprintf(link, sizeof(link), "/proc/self/fd/%d", dirfd);
     ssize_t n = readlink(link, path, sizeof(path) - 1);
@@ -85,7 +90,7 @@ static bool is_ours(const char *name)
     return sscanf(name, "%d-%*6[A-Za-z0-9]%n", &pid, &end) == 1 && end > 0 && name[end] == 0;
 }
 
-unsigned bn_cold_clean(const char *spool)
+unsigned bn_cold_clean(const char *spool, bool (*take)(void *arg, int dirfd), void *arg)
 {
     unsigned removed = 0;
     bn_auto_fd lock = lock_spool(spool, false);
@@ -98,6 +103,8 @@ unsigned bn_cold_clean(const char *spool)
         if (is_ours(e->d_name))
             folder = openat(lock, e->d_name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
         if (folder < 0 || flock(folder, LOCK_EX | LOCK_NB) < 0)
+            continue;
+        if (take && flock(folder, LOCK_SH | LOCK_NB) == 0 && take(arg, folder))
             continue;
         bn_cold_remove(folder);
         removed++;
@@ -210,6 +217,17 @@ int bn_cold_finish(struct bn_cold *c, struct bn_error *err)
 int bn_cold_read(struct bn_cold *c, uint64_t chunk, unsigned n, void *data, struct bn_error *err)
 {
     return bn_pack_reader_read_batch(c->reader, (uint32_t)chunk, n, data, BN_PACK_VERIFY, err);
+}
+
+void bn_cold_note(struct bn_cold *c, const void *bytes, size_t len)
+{
+    if (bytes ? bn_write_file_atomic_at(c->dirfd, NOTE, bytes, len) < 0 : true)
+        unlinkat(c->dirfd, NOTE, 0);
+}
+
+int bn_cold_read_note(int dirfd, void **bytes, size_t *len)
+{
+    return bn_read_file_at(dirfd, NOTE, NOTE_MAX, bytes, len);
 }
 
 int bn_cold_dirfd(const struct bn_cold *c)

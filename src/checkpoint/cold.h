@@ -32,6 +32,11 @@ int bn_cold_finish(struct bn_cold *c, struct bn_error *err);
 /* Read `n` chunks and compare their hashes; any thread, several at once. -EBADMSG: changed or missing. */
 int bn_cold_read(struct bn_cold *c, uint64_t chunk, unsigned n, void *data, struct bn_error *err);
 
+/* What the next daemon shall know of the tree, should it find nothing but the folder. NULL: nothing. Best effort. */
+void bn_cold_note(struct bn_cold *c, const void *bytes, size_t len);
+/* That, from any folder; *bytes is malloced. -ENOENT: there is none. */
+int bn_cold_read_note(int dirfd, void **bytes, size_t *len);
+
 int bn_cold_dirfd(const struct bn_cold *c); /* borrowed */
 bool bn_cold_same(const struct bn_cold *c, int dirfd);
 /* Of memory, zero chunks counted; and on the disk. */
@@ -43,5 +48,6 @@ uint64_t bn_cold_stored(const struct bn_cold *c);
 int bn_cold_folder(const char *spool, pid_t root);
 /* Remove the folder behind this descriptor, with all that Bennu has put there. */
 void bn_cold_remove(int dirfd);
-/* Remove the folders in `spool` that nobody holds. Returns how many. */
-unsigned bn_cold_clean(const char *spool);
+/* Remove the folders in `spool` that nobody holds, but those that `take` (may be NULL) says true of: it may keep them locked by a duplicate
+ * of the descriptor. Returns how many were removed. */
+unsigned bn_cold_clean(const char *spool, bool (*take)(void *arg, int dirfd), void *arg);

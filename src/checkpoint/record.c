@@ -116,7 +116,22 @@ static unsigned what(const struct bn_target *t, enum bn_stage stage)
     }
 }
 
-static int put_target(struct bn_quiesce *q, struct bn_target *t, enum bn_stage stage, struct bn_error *err)
+/* Records of a tree at rest, for its folder. */
+struct note {
+    struct bn_writer bytes;
+    bool elsewhere; /* some of the tree is not in the folder */
+};
+
+static void note_record(struct note *note, const struct bn_target *t, unsigned flags,
+                        const struct bn_writer *record)
+{
+    note->elsewhere = note->elsewhere || (t->nparts > 0 && !(flags & BN_RECORD_DISK));
+    bn_write_u32(&note->bytes, (uint32_t)record->len);
+    bn_write_bytes(&note->bytes, record->buf, record->len);
+}
+
+static int put_target(struct bn_quiesce *q, struct bn_target *t, enum bn_stage stage, struct note *note,
+                      struct bn_error *err)
 {
     uint64_t started;
     unsigned flags = what(t, stage) | (t->agent ? BN_RECORD_AGENT : 0) |
@@ -140,9 +155,20 @@ static int put_target(struct bn_quiesce *q, struct bn_target *t, enum bn_stage s
     struct bn_guard *g = q->env->guard;
     uint64_t key = t->record ? t->record : g->new_key(g);
     r = g->put(g, key, BN_RECORD_TARGET, &w, fds, nfds, err);
-    if (r == 0)
+    if (r == 0) {
         t->record = key;
+        note_record(note, t, flags, &w);
+    }
     return r;
+}
+
+static struct bn_cold *folder_of(const struct bn_quiesce *q)
+{
+    for (size_t i = 0; i < q->targets.n; i++)
+        for (size_t p = 0; p < q->targets.v[i].nparts; p++)
+            if (q->targets.v[i].parts[p].cold)
+                return q->targets.v[i].parts[p].cold;
+    return NULL;
 }
 
 int bn_records_put(struct bn_quiesce *q, enum bn_stage stage, struct bn_error *err)
@@ -152,9 +178,20 @@ int bn_records_put(struct bn_quiesce *q, enum bn_stage stage, struct bn_error *e
         return 0;
     if (q->session == 0)
         q->session = g->new_key(g);
+    struct bn_cold *folder = folder_of(q);
+    struct note note = {0};
     int r = 0;
+    if (folder &&
+        stage != BN_STAGE_SUSPENDED) /* from here on the folder alone does not tell what has to be done */
+        bn_cold_note(folder, NULL, 0);
     for (size_t i = 0; i < q->targets.n && r == 0; i++)
-        r = put_target(q, &q->targets.v[i], stage, err);
+        r = put_target(q, &q->targets.v[i], stage, &note, err);
+    /* A second safeguard: what fails here is missed only when keeper and worker are killed. */
+    if (folder && stage == BN_STAGE_SUSPENDED && r == 0) {
+        bool whole = !note.elsewhere && !note.bytes.failed;
+        bn_cold_note(folder, whole ? note.bytes.buf : NULL, whole ? note.bytes.len : 0);
+    }
+    bn_writer_free(&note.bytes);
     return r;
 }
 
@@ -203,6 +240,67 @@ int bn_record_head(const struct bn_record *r, struct bn_record_head *head)
     struct bn_reader b = bn_reader_init(r->bytes, r->nbytes);
     read_head(&b, head);
     return b.failed ? -EBADMSG : 0;
+}
+
+#define SESSION_AT 8u /* in a record: behind version and flags */
+
+/* One record of a note, as one of a new session. */
+static int read_noted(struct bn_reader *b, struct bn_guard *g, uint64_t session, int dirfd,
+                      struct bn_record *r)
+{
+    struct bn_record_head head;
+    uint32_t len = bn_read_u32(b);
+    const void *bytes = bn_read_bytes(b, len);
+    *r = (struct bn_record){.key = g->new_key(g), .kind = BN_RECORD_TARGET};
+    if (!bytes || len < SESSION_AT + sizeof(session))
+        return -EBADMSG;
+    r->bytes = malloc(len);
+    r->fds = malloc(sizeof(*r->fds));
+    if (!r->bytes || !r->fds)
+        return -ENOMEM;
+    memcpy(r->bytes, bytes, len);
+    for (unsigned i = 0; i < sizeof(session); i++)
+        ((uint8_t *)r->bytes)[SESSION_AT + i] = (uint8_t)(session >> 8 * i);
+    r->nbytes = len;
+    if (bn_record_head(r, &head) < 0 || !(head.flags & BN_RECORD_SUSPENDED))
+        return -EBADMSG; /* whether it has all that its flags say is looked at where it is opened */
+    if (!(head.flags & BN_RECORD_DISK))
+        return 0;
+    r->fds[0] = fcntl(dirfd, F_DUPFD_CLOEXEC, 3);
+    if (r->fds[0] < 0)
+        return -errno;
+    r->nfds = 1;
+    return 0;
+}
+
+int bn_records_of_folder(struct bn_guard *g, int dirfd, struct bn_record **out, size_t *n)
+{
+    bn_auto_free void *bytes = NULL;
+    size_t len, have = 0;
+    struct bn_record *v = NULL;
+    int r = bn_cold_read_note(dirfd, &bytes, &len);
+    if (r < 0)
+        return r;
+    struct bn_reader b = bn_reader_init(bytes, len);
+    uint64_t session = g->new_key(g);
+    while (r == 0 && bn_reader_left(&b) > 0) {
+        struct bn_record *more = reallocarray(v, have + 1, sizeof(*v));
+        if (!more) {
+            r = -ENOMEM;
+            break;
+        }
+        v = more;
+        r = read_noted(&b, g, session, dirfd, &v[have++]);
+    }
+    if (r == 0 && have > 0) {
+        *out = v;
+        *n = have;
+        return 0;
+    }
+    for (size_t i = 0; i < have; i++)
+        bn_record_clear(&v[i]);
+    free(v);
+    return r < 0 ? r : -EBADMSG;
 }
 
 /* The part's bytes in host memory, its file duplicated. *out stays NULL where there are none. */

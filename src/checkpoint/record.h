@@ -46,13 +46,18 @@ enum bn_stage {
 #define BN_RECORD_DISK 16u     /* its bytes are in a folder: the first descriptor */
 #define BN_RECORD_CONTEXT 32u  /* its contexts stay: the driver has been asked nothing */
 
-/* Record every living target of q. Does nothing without a guard. */
+/* Record every living target of q. Does nothing without a guard. Records of a tree that is at rest on the disk are copied to its folder,
+ * for the time when nobody is left: see below. */
 int bn_records_put(struct bn_quiesce *q, enum bn_stage stage, struct bn_error *err);
 /* Drop the records of targets that have everything back or are gone; with `all`, of every one. */
 void bn_records_drop(struct bn_quiesce *q, bool all);
 
 /* The image directory of a dump under way. 0 without a guard; else its key in *key. */
 int bn_record_image(struct bn_quiesce *q, int dirfd, uint64_t *key, struct bn_error *err);
+
+/* The records that a folder of the disk tier has of its tree, when both the daemon's processes were killed: under new keys, and
+ * with the folder's descriptor where it belongs to them. *out is malloced; the caller clears and frees it. -ENOENT: it has none. */
+int bn_records_of_folder(struct bn_guard *g, int dirfd, struct bn_record **out, size_t *n);
 
 /* Parts of a target's record that say what it belongs to. */
 struct bn_record_head {

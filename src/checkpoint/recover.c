@@ -157,6 +157,39 @@ int bn_recover_open(struct bn_env *env, struct bn_record *const *records, size_t
     return 0;
 }
 
+/* The keeper first, who then holds the folder, too. */
+static int put_again(struct bn_guard *g, const struct bn_record *r, struct bn_error *err)
+{
+    struct bn_writer body = {.buf = r->bytes, .len = r->nbytes};
+    return g->put(g, r->key, r->kind, &body, r->fds, r->nfds, err);
+}
+
+int bn_recover_folder(struct bn_env *env, int dirfd, struct bn_suspended **out, struct bn_error *err)
+{
+    struct bn_record *records = NULL;
+    size_t n = 0;
+    bool suspended;
+    int r = bn_records_of_folder(env->guard, dirfd, &records, &n);
+    if (r < 0)
+        return bn_error_set(err, r, "recover", "no tree can be told from its folder: %s", strerror(-r));
+    bn_auto_free struct bn_record **all = calloc(n, sizeof(*all));
+    if (!all)
+        r = bn_error_set(err, ENOMEM, "recover", "out of memory");
+    for (size_t i = 0; i < n && r == 0; i++) {
+        all[i] = &records[i];
+        r = put_again(env->guard, &records[i], err);
+    }
+    if (r == 0)
+        r = bn_recover_open(env, all, n, out, &suspended, err);
+    for (size_t i = 0; i < n; i++) {
+        if (r < 0)
+            env->guard->drop(env->guard, records[i].key);
+        bn_record_clear(&records[i]);
+    }
+    free(records);
+    return r;
+}
+
 /* ---- host memory ---- */
 
 struct used {

@@ -10,6 +10,11 @@
 int bn_recover_open(struct bn_env *env, struct bn_record *const *records, size_t n, struct bn_suspended **out,
                     bool *suspended, struct bn_error *err);
 
+/* Take up the tree whose memory is in this folder of the disk tier, and which nobody has any more: the folder itself tells of it. The
+ * keeper has it again afterwards. *out is NULL when none of its processes lives: the folder is removed then. -ENOENT, -EBADMSG: it tells
+ * nothing, or nothing that makes sense. */
+int bn_recover_folder(struct bn_env *env, int dirfd, struct bn_suspended **out, struct bn_error *err);
+
 /* Give host memory of killed daemons back to the machine, except what these trees, all there are, have in it. */
 void bn_recover_trim(struct bn_suspended *const *trees, size_t n);
 

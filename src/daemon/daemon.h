@@ -180,6 +180,8 @@ void bn_watch_prepared(struct daemon *d, struct sd_event *loop);
 /* Put right what the records of killed workers tell of, each session in a thread of its own (counted in d->clients). The records are
  * used up. Before any request is served. */
 void bn_daemon_recover(struct daemon *d, struct bn_record *records, size_t n);
+/* Then: suspended trees whose keeper was killed, too, from the folders that their memory is in. Removes the folders that are of no use. */
+void bn_daemon_take_folders(struct daemon *d);
 
 /* ---- ps (ps.c) ---- */
 

@@ -3,7 +3,6 @@
 
 #include "base/cleanup.h"
 #include "base/proc.h"
-#include "checkpoint/cold.h"
 #include "config.h"
 #include "gpu/hash.h"
 #include "wire/control.h"
@@ -419,7 +418,7 @@ static int prepare(struct daemon *d, const struct options *o, struct bn_error *e
         bn_daemon_recover(d, records, n);
     free(records);
     if (r == 0 && o->private_fd < 0)
-        bn_cold_clean(d->spool);
+        bn_daemon_take_folders(d);
     return r;
 }
 

@@ -2,6 +2,7 @@
 #include "daemon/daemon.h"
 
 #include "base/cleanup.h"
+#include "checkpoint/cold.h"
 #include "checkpoint/recover.h"
 
 #include <stdlib.h>
@@ -135,4 +136,28 @@ void bn_daemon_recover(struct daemon *d, struct bn_record *records, size_t n)
         put_right(d, &sessions[i]);
     for (size_t i = 0; i < n; i++)
         bn_record_clear(&records[i]);
+}
+
+/* A folder of the spool that nobody holds. False: it is of no use. */
+static bool take_folder(void *arg, int dirfd)
+{
+    struct daemon *d = arg;
+    struct bn_suspended *s = NULL;
+    struct bn_error err = BN_ERROR_INIT;
+    int r = bn_recover_folder(&d->env, dirfd, &s, &err);
+    if (r == -ENOENT) /* it was being written or read */
+        return false;
+    if (r < 0) {
+        fprintf(stderr, "bennud: memory that an earlier bennud left on the disk cannot be taken up: %s\n",
+                err.text);
+        return r != -EBADMSG; /* another start may find what this one lacks */
+    }
+    if (s && bn_keep_suspended(d, s) == 0)
+        fprintf(stderr, "bennud: process %d is still suspended\n", bn_suspended_root(s));
+    return true;
+}
+
+void bn_daemon_take_folders(struct daemon *d)
+{
+    bn_cold_clean(d->spool, take_folder, d);
 }

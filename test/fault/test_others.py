@@ -68,6 +68,60 @@ class Others(FaultTest):
         self.assertIsNone(self.app.trouble())
         self.stop()
 
+    def test_both_with_memory_on_the_disk(self):
+        """What is on the disk is found there, however often."""
+        self.daemon = Daemon(self)
+        self.succeeds("suspend", "--to", "disk", self.app.pid)
+        spool = self.path("run", "spool")
+        folder, = os.listdir(spool)
+        for _ in range(2):
+            self.daemon.end()
+            self.daemon = Daemon(self)
+            self.wait_state("suspended")
+        os.kill(self.daemon.first, signal.SIGKILL)  # the keeper has it, too
+        self.daemon.wait_killed()
+        self.wait_state("suspended")
+        self.assertEqual(os.listdir(spool), [folder])
+        self.succeeds("resume", self.app.pid)
+        self.app.go_on()
+        self.assertEqual(os.listdir(spool), [])
+        self.cycle()
+        self.stop()
+
+    def test_both_after_a_move_to_the_disk(self):
+        self.daemon = Daemon(self, None, "--gpu-budget", "60M", "--host-limit", "60M")
+        self.succeeds("suspend", "--to", "host", self.app.pid)
+        os.mkdir(self.path("other"))
+        other = Application(self.path("other"), self.env)
+        self.addCleanup(fault.vanish, other.pid)
+        self.succeeds("suspend", "--to", "host", other.pid)  # whose memory is lost
+        self.daemon.end()
+        self.daemon = Daemon(self)
+        self.wait_state("suspended")
+        self.succeeds("resume", self.app.pid)
+        self.app.go_on()
+        self.stop()
+
+    def test_both_with_nobody_left(self):
+        """A folder is removed when its processes are gone, and when it does not tell whose it is."""
+        spool = self.path("run", "spool")
+        os.mkdir(self.path("other"))
+        other = Application(self.path("other"), self.env)
+        self.addCleanup(fault.vanish, other.pid)
+        self.daemon = Daemon(self)
+        folders = []
+        for app in (self.app, other):
+            self.succeeds("suspend", "--to", "disk", app.pid)
+            folders += [f for f in os.listdir(spool) if f not in folders]
+        self.daemon.end()
+        note = os.path.join(spool, folders[0], "bennu-suspended")
+        os.truncate(note, os.path.getsize(note) - 1)
+        fault.vanish(other.pid)
+        self.daemon = Daemon(self)
+        self.assertEqual(os.listdir(spool), [])
+        self.assertIsNone(self.app.trouble())
+        self.stop()
+
     def test_again_and_again(self):
         """Five deaths in a minute: the next worker waits, and the record with it."""
         self.daemon = Daemon(self)
