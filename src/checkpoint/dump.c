@@ -26,8 +26,10 @@ struct bn_dump {
     struct bn_pack_writer *writer;
     uint8_t key[BN_HASH_KEY_SIZE]; /* the writer's, once it is open */
     struct bn_copies copies;
+    const bool *cancel;
     uint64_t started_ns; /* the copies */
-    bool released;       /* they need nothing of the processes any more */
+    struct bn_usage aside;
+    bool released; /* they need nothing of the processes any more */
     struct bn_hash_key *hash_key;
     struct bn_send_env send;
     struct bn_sending **parts; /* one a part of a target */
@@ -55,7 +57,9 @@ static int choose_chunks(struct bn_dump *d, struct bn_error *err)
 {
     struct bn_targets *targets = &d->q.targets;
     size_t parts = bn_targets_parts(targets);
-    d->send = (struct bn_send_env){.gpu = d->q.env->gpu,
+    d->send = (struct bn_send_env){.cancel = d->cancel,
+                                   .slow = d->q.flags >> BN_DUMP_LEVEL_SHIFT,
+                                   .gpu = d->q.env->gpu,
                                    .copier = d->q.env->copier,
                                    .writer = d->writer,
                                    .key = d->hash_key = bn_hash_key_new(d->manifest->key)};
@@ -77,12 +81,25 @@ static int choose_chunks(struct bn_dump *d, struct bn_error *err)
 /* What is more than a little, and fits: part by part. */
 static void set_aside(struct bn_dump *d)
 {
-    uint64_t bytes = 0;
     int phase = bn_report_begin(d->q.report, "set-aside");
-    for (size_t i = 0; i < d->nparts; i++)
-        if (bn_sending_set_aside(d->parts[i]))
-            bytes += bn_sending_bytes(d->parts[i]);
+    uint64_t bytes = 0;
+    size_t n = 0;
+    for (size_t i = 0; i < d->q.targets.n; i++)
+        for (size_t p = 0; p < d->q.targets.v[i].nparts; p++, n++) {
+            unsigned dev = d->q.targets.v[i].parts[p].dev;
+            if (dev >= BN_USAGE_GPUS || !bn_sending_set_aside(d->parts[n]))
+                continue;
+            bytes += bn_sending_bytes(d->parts[n]);
+            d->aside.gpu[dev] += bn_sending_bytes(d->parts[n]);
+        }
     bn_report_end(d->q.report, phase, bytes);
+}
+
+/* When nobody copies from there any more. */
+static void drop_aside(struct bn_dump *d)
+{
+    for (size_t i = 0; i < d->nparts; i++)
+        bn_sending_drop_aside(d->parts[i]);
 }
 
 static int open_writer(struct bn_dump *d, struct bn_error *err)
@@ -159,6 +176,7 @@ void bn_dump_free(struct bn_dump *d)
 void bn_dump_abort(struct bn_dump *d)
 {
     bn_copies_cancel(&d->copies, &d->q);
+    drop_aside(d);
     bn_pack_writer_abort(d->writer);
     d->writer = NULL;
 }
@@ -198,6 +216,7 @@ int bn_dump_begin(struct bn_env *env, pid_t root, const struct bn_dump_options *
         return bn_error_set(err, ENOMEM, "dump", "out of memory");
     }
     bn_copier_hold(env->copier); /* the writer may be told that staging buffers are stable */
+    d->cancel = options->cancel;
     d->dirfd = fcntl(options->dirfd, F_DUPFD_CLOEXEC, 3);
     d->q = (struct bn_quiesce){.env = env,
                                .report = bn_report_ref(report),
@@ -220,6 +239,15 @@ int bn_dump_begin(struct bn_env *env, pid_t root, const struct bn_dump_options *
     if (r == 0)
         *out = d;
     return r;
+}
+
+bool bn_dump_set_aside(const struct bn_dump *d, struct bn_usage *usage)
+{
+    bool any = false;
+    for (unsigned g = 0; g < BN_USAGE_GPUS; g++)
+        any = any || d->aside.gpu[g];
+    *usage = d->aside;
+    return any;
 }
 
 const struct bn_targets *bn_dump_targets(const struct bn_dump *d)
@@ -317,8 +345,7 @@ int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err)
     int r = d->released ? 0 : bn_dump_release(d, cancel, err);
     if (r == 0)
         r = bn_copies_finish(&d->copies, &d->q, cancel, err);
-    for (size_t i = 0; i < d->nparts; i++)
-        bn_sending_drop_aside(d->parts[i]); /* nobody copies from there any more */
+    drop_aside(d);
     for (size_t i = 0; r == 0 && i < d->nparts; i++)
         r = bn_sending_settle(d->parts[i], err);
     if (r == 0)

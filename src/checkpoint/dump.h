@@ -32,6 +32,8 @@ struct bn_dump_options {
     unsigned flags; /* BN_FIND_…, BN_DUMP_… */
     int dirfd;      /* where the image goes */
     int parent;     /* folder of a checkpoint with which bytes are shared; -1: none */
+    const bool *
+        cancel; /* set by another thread: the copying ends soon, and the commit fails. Stays as long as the dump; may be NULL */
     struct bn_prepared *
         prepared; /* what was copied ahead, or NULL; taken over, also on failure. A parent comes first: then it is
                                    * dropped, since packs of two families cannot be mixed. */
@@ -44,6 +46,9 @@ struct bn_dump_options {
 int bn_dump_begin(struct bn_env *env, pid_t root, const struct bn_dump_options *options,
                   struct bn_report *report, struct bn_dump **out, struct bn_suspended **left,
                   struct bn_error *err);
+
+/* What it has set aside on GPUs, until the commit or an abort has ended. False: nothing. */
+bool bn_dump_set_aside(const struct bn_dump *d, struct bn_usage *usage);
 
 const struct bn_targets *bn_dump_targets(const struct bn_dump *d);
 

@@ -30,6 +30,7 @@ struct bn_prepared {
     bool spooled; /* the folder is ours */
     struct bn_pack_writer *writer;
     struct bn_hash_key *key;
+    unsigned level;  /* of compression */
     uint64_t record; /* of the folder, 0: none */
 };
 
@@ -151,6 +152,8 @@ static int run_passes(struct bn_prepared *p, struct bn_report *report, struct bn
                                   .copier = p->env->copier,
                                   .writer = p->writer,
                                   .key = p->key,
+                                  .cancel = cancel,
+                                  .slow = p->level,
                                   .rate = rate}};
         int r = run_pass(&s, cancel, err);
         if (r < 0)
@@ -190,7 +193,8 @@ static int prepared_new(struct bn_env *env, pid_t root, const struct bn_prepare_
     struct bn_prepared *p = calloc(1, sizeof(*p));
     if (!p)
         return bn_error_set(err, ENOMEM, "pre-dump", "out of memory");
-    *p = (struct bn_prepared){.env = env, .root = root, .dirfd = -1, .pidfd = bn_pidfd_open(root)};
+    *p = (struct bn_prepared){
+        .env = env, .root = root, .dirfd = -1, .pidfd = bn_pidfd_open(root), .level = o->level};
     uint8_t key[BN_HASH_KEY_SIZE];
     int r = p->pidfd < 0 ? p->pidfd : bn_proc_start_time(root, &p->start_time);
     if (r < 0)

@@ -186,9 +186,15 @@ uint64_t bn_sending_bytes(const struct bn_sending *s)
 static int consume(void *arg, uint64_t chunk, unsigned nchunks, const void *data, struct bn_error *err)
 {
     const struct bn_sending *s = arg;
-    int r = bn_pack_writer_add_run(s->env->writer, (uint32_t)(s->first + chunk), nchunks, data, err);
-    if (r < 0)
-        return r;
+    unsigned some = s->env->slow ? 1 : nchunks; /* at the highest levels a chunk takes a second */
+    for (unsigned i = 0; i < nchunks; i += some) {
+        if (s->env->cancel && __atomic_load_n(s->env->cancel, __ATOMIC_RELAXED))
+            return bn_error_set(err, ECANCELED, "copy-out", "cancelled");
+        int r = bn_pack_writer_add_run(s->env->writer, (uint32_t)(s->first + chunk + i), some,
+                                       (const char *)data + i * BN_GPU_CHUNK, err);
+        if (r < 0)
+            return r;
+    }
     if (s->env->rate)
         bn_rate_pass(s->env->rate, nchunks * BN_CHUNK_SIZE);
     return 0;

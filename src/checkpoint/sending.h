@@ -27,7 +27,9 @@ struct bn_send_env {
     struct bn_copier *copier;
     struct bn_pack_writer *writer;
     const struct bn_hash_key *key; /* the writer's */
-    struct bn_rate *rate;          /* of a copy beside a running application; NULL: as fast as it goes */
+    const bool *cancel;   /* set by another thread: end soon, even in a slow compression; may be NULL */
+    bool slow;            /* the writer compresses */
+    struct bn_rate *rate; /* of a copy beside a running application; NULL: as fast as it goes */
 };
 
 /* A writer into the folder, for no chunks yet (bn_pack_writer_relayout), and its key: that of the checkpoint in `parent`, with which

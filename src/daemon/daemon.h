@@ -69,6 +69,7 @@ struct daemon {
     uint64_t trim_after;    /* seconds after the last use that the rest is given back */
     sd_event_source *rest;  /* the timer for that; NULL: a private daemon */
     unsigned rounds;        /* room.c */
+    struct bn_usage aside;  /* what dumps have set aside on GPUs */
     bool listening;         /* need.c: its thread runs */
     bool serving_want;      /* need.c: one at a time */
     uint64_t hashless;      /* GPUs that were said to be unfit for hashing: a bit for each */
@@ -148,14 +149,18 @@ void bn_keep_budgets(struct daemon *d);
 /* Before a resume: move trees away until what it needs is free, as far as that can be known, since a process for which the driver finds
  * too little memory is lost. *where: the GPUs that it has memory on; false: there are none. */
 bool bn_room_for_resume(struct daemon *d, const struct bn_suspended *s, struct bn_usage *where);
-/* Move one tree out of the memory of a GPU that `where` has something on (NULL: of any). False: there is none. */
+/* Move one tree out of the memory of a GPU that `where` has something on (NULL: of any), or wait a while for what a dump has set
+ * aside there. False: there is none. */
 bool bn_let_go(struct daemon *d, const struct bn_usage *where);
 /* Do so until `bytes` are free on GPU dev (below BN_USAGE_GPUS) or nothing more can go. False: too little is free and nothing went. */
 bool bn_free_gpu(struct daemon *d, unsigned dev, uint64_t bytes);
 
+/* A dump has set this aside, or (false) has freed it. */
+void bn_room_aside(struct daemon *d, const struct bn_usage *usage, bool set);
+
 /* ---- allocations of others (need.c) ---- */
 
-/* See that somebody listens to the agents as long as a GPU has memory of suspended trees. From the event loop. */
+/* See that somebody listens to the agents as long as a GPU has memory of suspended trees, or a dump has set some aside. From the event loop. */
 void bn_need_check(struct daemon *d);
 
 /* ---- at rest (rest.c); in the event loop's thread ---- */

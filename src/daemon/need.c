@@ -1,5 +1,5 @@
-/* Memory of suspended trees on a GPU makes way for allocations that would fail. While there is such memory, and only then, one thread
- * says so to every agent of the machine and looks whether one of them waits for memory (agent_client.h).
+/* Memory of suspended trees on a GPU makes way for allocations that would fail, and what a dump has set aside there is soon free. While there
+ * is such memory, and only then, one thread says so to every agent of the machine and looks whether one of them waits for memory (agent_client.h).
  */
 #include "daemon/daemon.h"
 
@@ -137,6 +137,9 @@ static void look(struct daemon *d, const struct listeners *l)
 
 static bool is_hot(const struct daemon *d)
 {
+    for (unsigned g = 0; g < BN_USAGE_GPUS; g++)
+        if (d->aside.gpu[g])
+            return true;
     for (const struct suspended_entry *e = d->suspended; e; e = e->next)
         for (unsigned g = 0; g < BN_USAGE_GPUS; g++)
             if (e->usage.gpu[g])

@@ -6,12 +6,15 @@
 
 #include "base/cleanup.h"
 
+#include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #define MIB(bytes) ((unsigned long long)((bytes) >> 20))
 #define ANY_GPU UINT32_MAX
 /* What the driver needs for the contexts of a process: 0.5 GiB on an H100. */
 #define CONTEXTS (UINT64_C(768) << 20)
+#define ASIDE_SECONDS 1 /* then somebody looks whether there is room */
 
 static uint64_t in_tier(const struct bn_usage *u, uint32_t tier, unsigned dev)
 {
@@ -152,13 +155,42 @@ static bool wait_for_move(struct daemon *d, unsigned dev)
     return waited;
 }
 
+void bn_room_aside(struct daemon *d, const struct bn_usage *usage, bool set)
+{
+    pthread_mutex_lock(&d->lock);
+    for (unsigned g = 0; g < BN_USAGE_GPUS; g++)
+        d->aside.gpu[g] += set ? usage->gpu[g] : -usage->gpu[g];
+    pthread_cond_broadcast(&d->published_changed);
+    pthread_mutex_unlock(&d->lock);
+    eventfd_write(d->wake_fd, 1);
+}
+
+/* What is set aside cannot be moved, but comes free when it is copied. */
+static bool wait_for_aside(struct daemon *d, unsigned dev)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += ASIDE_SECONDS;
+    pthread_mutex_lock(&d->lock);
+    uint64_t before = in_tier(&d->aside, BN_TIER_GPU, dev);
+    while (before && in_tier(&d->aside, BN_TIER_GPU, dev) == before &&
+           pthread_cond_timedwait(&d->published_changed, &d->lock, &until) == 0)
+        ;
+    pthread_mutex_unlock(&d->lock);
+    return before > 0;
+}
+
 bool bn_let_go(struct daemon *d, const struct bn_usage *where)
 {
     unsigned round = new_round(d);
     for (unsigned dev = 0; where && dev < BN_USAGE_GPUS; dev++)
         if (where->gpu[dev] && (move_down(d, BN_TIER_GPU, dev, round) || wait_for_move(d, dev)))
             return true;
-    return !where && (move_down(d, BN_TIER_GPU, ANY_GPU, round) || wait_for_move(d, ANY_GPU));
+    for (unsigned dev = 0; where && dev < BN_USAGE_GPUS; dev++)
+        if (where->gpu[dev] && wait_for_aside(d, dev))
+            return true;
+    return !where && (move_down(d, BN_TIER_GPU, ANY_GPU, round) || wait_for_move(d, ANY_GPU) ||
+                      wait_for_aside(d, ANY_GPU));
 }
 
 /* Resident bytes of a process: the driver has saved its GPU memory in there. */

@@ -28,6 +28,8 @@ struct client {
     struct bn_report *report; /* of the session, between its BEGIN and its END */
     struct bn_dump *dump;
     bool late; /* it is committed after its processes were let go */
+    bool has_aside;
+    struct bn_usage aside; /* what it has set aside */
     struct bn_restore *restore;
 };
 
@@ -187,6 +189,14 @@ static void keep_left(struct client *c, struct bn_suspended *left)
                 root, root);
 }
 
+/* After a commit or abort. */
+static void aside_is_free(struct client *c)
+{
+    if (c->has_aside)
+        bn_room_aside(c->d, &c->aside, false);
+    c->has_aside = false;
+}
+
 static void aftermath(struct client *c, pid_t root)
 {
     struct bn_error err = BN_ERROR_INIT;
@@ -201,6 +211,7 @@ static void commit_late(struct client *c, pid_t root)
 {
     struct bn_error err = BN_ERROR_INIT;
     int r = bn_dump_commit(c->dump, &c->gone, &err);
+    aside_is_free(c);
     if (r < 0 && err.code != ECANCELED)
         fprintf(stderr, "bennud: the dump of %d failed at '%s': %s\n", root, err.stage, err.text);
     session_end(c, r < 0 ? &err : NULL);
@@ -479,12 +490,16 @@ static int on_dump_begin(struct client *c, struct request *rq, struct bn_writer 
                                            (c->late ? BN_DUMP_ASIDE : 0) |
                                            flags >> BN_CTL_F_LEVEL_SHIFT << BN_DUMP_LEVEL_SHIFT,
                                   .dirfd = rq->fd,
+                                  .cancel = &c->gone,
                                   .parent = flags & BN_CTL_F_PARENT ? rq->second : -1,
                                   .prepared = bn_take_prepared(c->d, root)};
     r = bn_dump_begin(&c->d->env, root, &how, c->report, &c->dump, &left, err);
     keep_left(c, left);
     if (r < 0 || !c->dump)
         session_close(c, r < 0 ? err : NULL);
+    c->has_aside = c->dump && bn_dump_set_aside(c->dump, &c->aside);
+    if (c->has_aside)
+        bn_room_aside(c->d, &c->aside, true);
     bn_write_u32(reply, c->dump ? (uint32_t)bn_dump_targets(c->dump)->n : 0);
     if (c->dump)
         bn_report_criu(c->report, true);
@@ -538,6 +553,7 @@ static int on_dump_end(struct client *c, struct request *rq, struct bn_writer *r
     c->late = c->late && r == 0;
     if (c->late)
         return 0;
+    aside_is_free(c);
     struct bn_error criu = BN_ERROR_INIT;
     bn_error_set(&criu, ECANCELED, "criu", "CRIU could not dump the process (result %d)", result);
     session_end(c, result ? &criu : r < 0 ? err : NULL);
@@ -688,6 +704,7 @@ static void abandon(struct client *c)
     bn_error_set(&err, EPIPE, "session", "CRIU ended in the middle: see its log");
     if (c->dump)
         bn_dump_abort(c->dump);
+    aside_is_free(c);
     c->late = false;
     session_end(c, &err);
     dump_let_go(c);

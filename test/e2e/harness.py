@@ -33,6 +33,8 @@ IMAGE = f"{BUILD}/test/cr/image"
 PATIENCE = 60
 
 MANIFEST = "bennu-manifest.img"
+# Of words in an agent's page (wire/agent_proto.h): that memory could be let go of; that an allocation waits for it, in bytes.
+NEED_HOT, NEED_WANTED = 6816, 6832
 
 _numbers = itertools.count()
 

@@ -449,6 +449,36 @@ class Aside(Live):
         self.restore(program)
         program.go_on()
 
+    def wants(self, mib, env):
+        """A program that allocates once it has heard that memory could come free; until it waits for that."""
+        program = self.start(harness.ODD, "later", mib, wait=False, env=env)
+
+        def word(at):
+            for fd in os.listdir(f"/proc/{program.pid}/fd"):
+                if "bennu-agent" in os.readlink(f"/proc/{program.pid}/fd/{fd}"):
+                    with open(f"/proc/{program.pid}/fd/{fd}", "rb") as f:
+                        return any(os.pread(f.fileno(), 4, at))
+            return False
+        harness.wait_for(lambda: "open" in text_of(program.out), "it uses CUDA", program.trouble)
+        harness.wait_for(lambda: word(harness.NEED_HOT), "it has heard of memory", program.trouble)
+        os.kill(program.pid, signal.SIGUSR1)
+        harness.wait_for(lambda: word(harness.NEED_WANTED), "it waits for memory", program.trouble)
+        return program
+
+    def test_an_allocation_waits_for_it(self):
+        """It would have gone well without the dump."""
+        room = {"BENNU_SIM_MEMORY": "1200M"}
+        self.env.update(room)
+        self.start_daemon()
+        program = self.cut(**self.many)
+        dump = self.late(program)
+        other = self.wants(930, room)
+        self.assertIsNone(dump.poll(), text_of(self.path("message")))
+        dump.send_signal(signal.SIGINT)
+        other.go_on()
+        self.assertEqual(dump.wait(harness.PATIENCE), 128 + signal.SIGINT)
+        program.go_on()
+
     def test_the_command_is_killed(self):
         """Nobody would hear how it ends: it is undone."""
         self.start_daemon()

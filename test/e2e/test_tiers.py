@@ -9,7 +9,6 @@ from harness import Case, ODD, wait_for
 
 TIERS = ("gpu", "host", "disk")
 MIB = 1 << 20
-NEED_HOT = 6816  # of the word in an agent's page that says that memory rests (wire/agent_proto.h)
 
 
 class TierCase(Case):
@@ -267,7 +266,7 @@ class Wanted(TierCase):
             for fd in os.listdir(f"/proc/{program.pid}/fd"):
                 if "bennu-agent" in os.readlink(f"/proc/{program.pid}/fd/{fd}"):
                     with open(f"/proc/{program.pid}/fd/{fd}", "rb") as f:
-                        return any(os.pread(f.fileno(), 4, NEED_HOT))
+                        return any(os.pread(f.fileno(), 4, harness.NEED_HOT))
             return False
         wait_for(heard, "it has heard of memory that rests", program.trouble)
         os.kill(program.pid, signal.SIGUSR1)
