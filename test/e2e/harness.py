@@ -104,6 +104,16 @@ def children_of(pid):
     return found
 
 
+def agent_word(pid, at):
+    """The word there in the page of the process's agent; 0: it has none."""
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if "bennu-agent" in os.readlink(f"/proc/{pid}/fd/{fd}"):
+                with open(f"/proc/{pid}/fd/{fd}", "rb") as f:
+                    return int.from_bytes(os.pread(f.fileno(), 4, at), "little")
+    return 0
+
+
 class Program:
     """A program under test, through its dumps and restores: it keeps its pid and its output files."""
 

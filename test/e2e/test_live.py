@@ -452,17 +452,11 @@ class Aside(Live):
     def wants(self, mib, env):
         """A program that allocates once it has heard that memory could come free; until it waits for that."""
         program = self.start(harness.ODD, "later", mib, wait=False, env=env)
-
-        def word(at):
-            for fd in os.listdir(f"/proc/{program.pid}/fd"):
-                if "bennu-agent" in os.readlink(f"/proc/{program.pid}/fd/{fd}"):
-                    with open(f"/proc/{program.pid}/fd/{fd}", "rb") as f:
-                        return any(os.pread(f.fileno(), 4, at))
-            return False
         harness.wait_for(lambda: "open" in text_of(program.out), "it uses CUDA", program.trouble)
-        harness.wait_for(lambda: word(harness.NEED_HOT), "it has heard of memory", program.trouble)
+        harness.wait_for(lambda: harness.agent_word(program.pid, harness.NEED_HOT), "it has heard of memory", program.trouble)
         os.kill(program.pid, signal.SIGUSR1)
-        harness.wait_for(lambda: word(harness.NEED_WANTED), "it waits for memory", program.trouble)
+        harness.wait_for(lambda: harness.agent_word(program.pid, harness.NEED_WANTED),
+                         "it waits for memory", program.trouble)
         return program
 
     def test_an_allocation_waits_for_it(self):

@@ -261,14 +261,7 @@ class Wanted(TierCase):
         """A program that allocates once it has heard that memory rests."""
         program = self.start(ODD, "later", mib, wait=False)
         wait_for(lambda: "open" in harness.text_of(program.out), "it uses CUDA", program.trouble)
-
-        def heard():
-            for fd in os.listdir(f"/proc/{program.pid}/fd"):
-                if "bennu-agent" in os.readlink(f"/proc/{program.pid}/fd/{fd}"):
-                    with open(f"/proc/{program.pid}/fd/{fd}", "rb") as f:
-                        return any(os.pread(f.fileno(), 4, harness.NEED_HOT))
-            return False
-        wait_for(heard, "it has heard of memory that rests", program.trouble)
+        wait_for(lambda: harness.agent_word(program.pid, harness.NEED_HOT), "it has heard of memory that rests", program.trouble)
         os.kill(program.pid, signal.SIGUSR1)
         return program
 
