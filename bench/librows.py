@@ -92,11 +92,11 @@ def targets(sizes):
         return m("load.restore") / (max(criu, sizes["load"] / 50e9) * 1.15 + m("load.driver"))
     row("load", f"restore {load} from tmpfs / (max(CRIU, bytes / 50 GB/s) x 1.15 + driver restore)", "x", 1, "lower", load_bound,
         "load.restore", "load.driver", "load.empty.restore", "load.empty.driver")
-    row("live", f"live dump of {load}: gates closed until the last byte has left the GPU", "s", 0.1, "lower", lambda m: m("live.gpu"),
+    row("live", f"live dump of {load}: gates closed until nothing is copied from its memory", "s", 0.1, "lower", lambda m: m("live.gpu"),
         "live.gpu")
     row("live", f"second checkpoint of {load}, of which 1/256 is written: bytes sent", "%", 5, "lower", lambda m: m("live.new"), "live.new")
     row("live", f"restore of {load}: hashing on the GPU, of the whole command", "%", 3, "lower", lambda m: m("live.verify"), "live.verify")
-    row("rewrite", f"live dump of {sizes['rewrite_text']} rewritten in each step: gates closed until the last byte has left the GPU", "s", 0.15,
+    row("rewrite", f"live dump of {sizes['rewrite_text']} rewritten in each step: gates closed until nothing is copied from its memory", "s", 0.15,
         "lower", lambda m: m("rewrite.gpu"), "rewrite.gpu")
     for key, text, target in (("memory", "memory-bound loop", 5), ("decode", "decode loop (PyTorch)", 3)):
         row("copying", f"{text}, while {load} are copied: slower by", "%", target, "lower",

@@ -106,7 +106,7 @@ class LiveSteps:
             whole.append(gap)
             shutil.rmtree(folder)
         size = s["load_text"]
-        self.add("live.gpu", f"live dump of {size}: gates closed until the last byte has left the GPU", gpu)
+        self.add("live.gpu", f"live dump of {size}: gates closed until nothing is copied from its memory", gpu)
         self.add("live.pause", f"live dump of {size}, --leave-running: longest call of the driver in the program", whole)
         self.add("live.plain", f"dump of {size}, --leave-running: longest call of the driver in the program", plain)
         self.add("live.new", f"second checkpoint of {size}, of which 1/256 is written: bytes sent", new, "%")
@@ -130,16 +130,20 @@ class LiveSteps:
         program = t.start("rewrite", [t.bin / "bench/bench-step", "--kernels", ROOT / "sim/kernels.ptx", "--hot", s["rewrite"], "--period",
                                       s["period"]])
         program.wait_for(r"^step 3 ", "its third step", 120)
-        gpu, whole = [], []
+        gpu, gates, whole, aside = [], [], [], []
         for _ in range(s["rounds"]):
             folder, began = self.live_folder(), time.monotonic()
             a = t.timed(["dump", "--json", "--live", "--leave-running", program.pid, folder], 200)
+            gates.append(a.seconds("pause"))
+            aside.append(a.phases["set-aside"][1] / a.data["gpu_bytes"] * 100)
             whole.append(longest_gap(program, began, time.monotonic()))
             gpu.append(a.seconds("gpu-pause"))
             program.check()
             shutil.rmtree(folder)
         what = f"live dump of {s['rewrite_text']}, all rewritten every {s['period']} ms"
-        self.add("rewrite.gpu", f"{what}: gates closed until the last byte has left the GPU", gpu)
+        self.add("rewrite.gpu", f"{what}: gates closed until nothing is copied from its memory", gpu)
+        self.add("rewrite.aside", f"{what}: of its memory, set aside on the GPU", aside, "%", "higher")
+        self.add("rewrite.gates", f"{what}, --leave-running: gates closed until they are open again", gates)
         self.add("rewrite.pause", f"{what}, --leave-running: longest step of the program", whole)
 
     def slowed(self, key, text, program):
