@@ -248,8 +248,9 @@ void bn_real_resolve(void)
     if (s.handle) {
         for (unsigned i = 0; i < BN_FN_COUNT; i++) {
             void *real = dlsym(s.handle, bn_entries[i].name);
+            /* Another thread may call it at once, before the others are there: what dlopen wrote comes first. */
             if (real)
-                __atomic_store_n(bn_real_slot(i), real, __ATOMIC_RELAXED);
+                __atomic_store_n(bn_real_slot(i), real, __ATOMIC_RELEASE);
         }
         if (!__atomic_load_n(&bn_real_ready, __ATOMIC_ACQUIRE))
             snprintf(driver_path, sizeof(driver_path), "%.255s", s.path);
