@@ -232,8 +232,9 @@ static void note_damage(void *arg, const struct bn_error *what)
     json_array_append_new(d->list, o);
 }
 
-static void verify_one(struct bn_verify *v, const struct bn_entry *e, struct damage *d,
-                       struct bn_verify_result *sum)
+/* Negative: not damaged, but rewritten now. */
+static int verify_one(struct bn_verify *v, const struct bn_entry *e, struct damage *d,
+                      struct bn_verify_result *sum, struct bn_error *err)
 {
     struct bn_verify_result result = {0};
     struct bn_error why = BN_ERROR_INIT;
@@ -242,19 +243,33 @@ static void verify_one(struct bn_verify *v, const struct bn_entry *e, struct dam
         bn_error_set(&why, EBADMSG, "verify", "%s",
                      e->state == BN_ENTRY_DAMAGED ? e->why.text : "not complete");
         note_damage(d, &why);
-        return;
+        return 0;
     }
     if (!e->m)
-        return;
+        return 0;
+    /* A collection may have moved its chunks since the manifest was read, and may do so until we have the lock. */
+    struct bn_manifest *m = NULL;
+    bn_auto_fd lock = bn_image_lock(e->fd, false, &why);
+    if (lock == -EBUSY)
+        return bn_error_set(err, EBUSY, why.stage, "%.255s: %.230s", e->name, why.text);
+    why = (struct bn_error)BN_ERROR_INIT;
+    int r = bn_image_load(e->fd, &m, &why);
+    if (r < 0) {
+        if (r != -ENOENT) /* removed meanwhile */
+            note_damage(d, &why);
+        return 0;
+    }
     if (bn_image_has_criu(e->fd) != 1) {
         bn_error_set(&why, EBADMSG, "verify", "CRIU's %s is missing", CLI_INVENTORY);
         note_damage(d, &why);
     }
     why = BN_ERROR_INIT;
-    if (bn_verify_image(v, e->fd, e->m, note_damage, d, &result, &why) < 0)
+    if (bn_verify_image(v, e->fd, m, note_damage, d, &result, &why) < 0)
         note_damage(d, &why);
+    bn_manifest_free(m);
     sum->chunks += result.chunks;
     sum->bytes += result.bytes;
+    return 0;
 }
 
 static int verify(struct store *s, struct bn_error *err)
@@ -267,9 +282,14 @@ static int verify(struct store *s, struct bn_error *err)
     struct damage d = {.list = json ? json_array() : NULL};
     struct bn_verify_result sum = {0};
     char bytes[16];
-    for (size_t i = 0; i < s->catalog.n; i++)
-        verify_one(v, &s->catalog.entries[i], &d, &sum);
+    int r = 0;
+    for (size_t i = 0; i < s->catalog.n && r == 0; i++)
+        r = verify_one(v, &s->catalog.entries[i], &d, &sum, err);
     bn_verify_free(v);
+    if (r < 0) {
+        json_decref(d.list);
+        return CLI_FAILED;
+    }
     if (json) {
         json_t *o = d.count ? json_pack("{s:b}", "ok", 0) : cli_json_ok();
         json_object_set_new(o, "checkpoints", json_integer((json_int_t)s->catalog.n));

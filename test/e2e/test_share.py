@@ -170,6 +170,7 @@ class Store(Case):
         fcntl.flock(folder, fcntl.LOCK_EX)
         for command in ("restore", "inspect"):
             self.refused(1, command, image, says=("store/two", "is being removed or rewritten: try again later"))
+        self.refused(1, "store", "verify", self.path("store"), says=("two", "is being removed or rewritten: try again later"))
         os.close(folder)
         self.ok("inspect", image)
         program.will_go_back()
