@@ -305,9 +305,9 @@ class Aside(Live):
         return os.path.exists(self.path("ck", name))
 
     @contextlib.contextmanager
-    def written_later(self, program, *args, **env):
+    def written_later(self, program, *args, at="commit:begin", **env):
         """A dump, and the daemon stopped before it waits for the rest of it: nothing can be written, and the program runs."""
-        self.start_daemon(BENNUD_TEST_KILL="@commit:begin", **env)
+        self.start_daemon(BENNUD_TEST_KILL=f"@{at}", **env)
         worker, = harness.children_of(self.daemon.pid)
         dump = self.start_dump(program, *args)
         harness.wait_for(lambda: harness.state_of(worker) == "T", "the daemon waits for the rest", lambda: self.ended(dump))
@@ -400,6 +400,20 @@ class Aside(Live):
             program.go_on()
             program.kill()
         self.assertEqual(self.code, 0, text_of(self.path("message")))
+        self.restores(program)
+
+    def test_the_program_cannot_run_yet(self):
+        """As in a frozen cgroup: the checkpoint is finished, and the program gets its memory back when it can run."""
+        program = self.cut(**self.many)
+        with self.written_later(program, at="reply:end") as (dump, _):
+            harness.wait_for(lambda: not harness.children_of(dump.pid), "CRIU has ended", lambda: self.ended(dump))
+            os.kill(program.pid, signal.SIGSTOP)
+            harness.wait_for(lambda: harness.state_of(program.pid) == "T", "the program is stopped", program.trouble)
+        answer = self.answer()
+        self.assertEqual(self.seconds_of(answer, "pause"), [])
+        self.assertEqual(len(self.seconds_of(answer, "gpu-pause")), 1)
+        os.kill(program.pid, signal.SIGCONT)
+        program.go_on()
         self.restores(program)
 
     def test_the_disk_is_full(self):
