@@ -116,6 +116,12 @@ int cli_need_root(struct bn_error *err);
 /* True if a libcuda.so.1 can be loaded here (or BENNU_DRIVER names one): looked for in a forked child. */
 bool cli_have_driver(void);
 
+/* --- container.c --------------------------------------------------------------------------------------------------------- */
+
+/* What a command's operand PID|CONTAINER means: digits are a process id, anything else is asked of Podman (`podman container
+ * inspect`), as whose container's first process it is, seen from here. CLI_OK and *pid, or an exit code with the message printed. */
+int cli_process_operand(const char *text, pid_t *pid, bool as_json);
+
 /* --- daemon.c ------------------------------------------------------------------------------------------------------------- */
 
 /* Connect and say what to do if nobody answers. Returns a descriptor or negative errno. */

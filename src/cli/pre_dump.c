@@ -141,10 +141,11 @@ static int pre_dump(int argc, char **argv)
     uint64_t per_second;
     struct bn_error err = BN_ERROR_INIT;
     struct cli_ahead ahead;
-    if (cli_parse_pid(argv[0], &pid) < 0)
-        return cli_usage("'%s' is not a process id", argv[0]);
     if (cli_parse_bandwidth(bandwidth, &per_second) < 0)
         return cli_usage("'%s' is no number of bytes a second", bandwidth);
+    int code = cli_process_operand(argv[0], &pid, json);
+    if (code != CLI_OK)
+        return code;
     if (cli_check_process(pid, false, &err) < 0)
         return cli_fail(CLI_FAILED, &err, json);
     bn_auto_fd sock = cli_daemon_connect(&err);
@@ -173,11 +174,11 @@ static int pre_dump(int argc, char **argv)
 
 const struct cli_command cli_pre_dump = {
     .name = "pre-dump",
-    .operands = "PID",
+    .operands = "PID|CONTAINER",
     .summary = "Copy the GPU memory of a process and its children ahead of a dump, while they run",
     .options = options,
     .min = 1,
     .max = 1,
-    .needed = "one operand is needed: PID",
+    .needed = "one operand is needed: PID or CONTAINER",
     .run = pre_dump,
 };

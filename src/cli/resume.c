@@ -13,18 +13,19 @@ static const struct cli_option options[] = {
 static int resume(int argc, char **argv)
 {
     pid_t pid;
-    if (cli_parse_pid(argv[0], &pid) < 0)
-        return cli_usage("'%s' is not a process id", argv[0]);
+    int code = cli_process_operand(argv[0], &pid, json);
+    if (code != CLI_OK)
+        return code;
     return cli_suspend_or_resume(BN_CTL_RESUME, pid, 0, 0, json, quiet);
 }
 
 const struct cli_command cli_resume = {
     .name = "resume",
-    .operands = "PID",
+    .operands = "PID|CONTAINER",
     .summary = "Give a suspended process and its children their GPU memory back",
     .options = options,
     .min = 1,
     .max = 1,
-    .needed = "one operand is needed: PID",
+    .needed = "one operand is needed: PID or CONTAINER",
     .run = resume,
 };

@@ -83,22 +83,23 @@ static uint32_t tier_of(const char *name)
 static int suspend(int argc, char **argv)
 {
     pid_t pid;
-    if (cli_parse_pid(argv[0], &pid) < 0)
-        return cli_usage("'%s' is not a process id", argv[0]);
     uint32_t tier = tier_of(to);
     if (!tier)
         return cli_usage("'%s' is no tier: gpu, host and disk are", to);
+    int code = cli_process_operand(argv[0], &pid, json);
+    if (code != CLI_OK)
+        return code;
     return cli_suspend_or_resume(BN_CTL_SUSPEND, pid, tier, keep_context ? BN_CTL_F_KEEP_CONTEXT : 0, json,
                                  quiet);
 }
 
 const struct cli_command cli_suspend = {
     .name = "suspend",
-    .operands = "PID",
+    .operands = "PID|CONTAINER",
     .summary = "Stop a process and its children and take their GPU memory away",
     .options = options,
     .min = 1,
     .max = 1,
-    .needed = "one operand is needed: PID",
+    .needed = "one operand is needed: PID or CONTAINER",
     .run = suspend,
 };

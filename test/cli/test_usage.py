@@ -52,7 +52,10 @@ class Usage(Case):
             (["dump", "--json=yes", "1", "2"], "--json=yes"),
             (["restore"], "DIR"),
             (["suspend"], "PID"),
-            (["suspend", "12x"], "'12x' is not a process id"),
+            (["suspend", "12/x"], "'12/x' is neither a process id nor the name of a container"),
+            (["suspend", "0"], "'0' is neither a process id nor the name of a container"),
+            (["resume", "a" * 256], "is neither a process id nor the name of a container"),
+            (["pre-dump", ""], "'' is neither a process id nor the name of a container"),
             (["resume"], "PID"),
             (["ps", "1"], "too many operands"),
             (["inspect"], "DIR"),
@@ -293,6 +296,45 @@ class Inspect(Case):
         self.fails(5, "inspect", self.path("ck"), says="checkpoint of CRIU's without GPU memory")
         self.fails(1, "inspect", self.path("none"), says="cannot open")
         self.assertEqual(self.fails_in_json(5, "inspect", self.path("ck"))["stage"], "image")
+
+
+@unittest.skipUnless(as_root(), "needs root")
+class Containers(Case):
+    """Operands that are names, with a podman that says what the test wants."""
+
+    def podman(self, says, status=0, errors=""):
+        os.makedirs(self.path("bin"), exist_ok=True)
+        self.make("bin/podman", 0o755, f"#!/bin/sh\necho \"$@\" >{self.path('asked')}\nprintf '%s' '{errors}' >&2\nprintf '%s' '{says}'\nexit {status}\n")
+        self.env["PATH"] = f"{self.path('bin')}:{os.environ['PATH']}"
+
+    def test_answers(self):
+        for command in ("suspend", "resume", "pre-dump"):
+            for answer, says in [
+                (dict(says="bennu-pid=0 exited\n"), "container 'llm' does not run: Podman calls it exited"),
+                (dict(says="bennu-pid=99999999999 running\n"), "container 'llm' does not run"),
+                (dict(says="", status=125, errors="one\nError: no such container llm\n"), "Podman knows no container 'llm': Error: no such container llm"),
+                (dict(says="", status=0), "Podman's answer about container 'llm' makes no sense"),
+                (dict(says="bennu-pid=x running"), "Podman's answer about container 'llm' makes no sense"),
+                (dict(says="a\x1b[31mb", status=1), "Podman knows no container 'llm': a [31mb"),
+            ]:
+                with self.subTest(command=command, answer=answer):
+                    self.podman(**answer)
+                    self.fails(1, command, "llm", says=says)
+        with open(self.path("asked"), encoding="utf-8") as asked:
+            self.assertEqual(asked.read(), "container inspect --format bennu-pid={{.State.Pid}} {{.State.Status}} llm\n")
+
+    def test_its_process_is_meant(self):
+        self.podman(f"bennu-pid={os.getpid()} running\n", errors="WARN: something else\n")
+        daemon = fake_bennud.FakeBennud(self.rundir, common.arguments.control)
+        daemon.plan["RESUME"] = lambda values, fds: fake_bennud.phases()
+        done = self.bennu("resume", "--json", "web-1.a_b")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(json.loads(done.stdout)["pid"], os.getpid())
+        self.assertEqual([values[0] for name, values in daemon.asked if name == "RESUME"], [os.getpid()])
+
+    def test_no_podman(self):
+        self.env["PATH"] = self.path("nowhere")
+        self.fails(1, "suspend", "llm", says="there is no podman here")
 
 
 class WithDaemon(Case):
