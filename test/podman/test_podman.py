@@ -12,7 +12,7 @@ import threading
 import unittest
 
 import harness
-from harness import LIBS, MANIFEST, PATIENCE, SMALL, STORAGE, Case, agents_in, call, has_sys_resource, processes_with, text_of, wait_for
+from harness import BENNU, LIBS, MANIFEST, PATIENCE, SMALL, STORAGE, Case, agents_in, call, has_sys_resource, processes_with, text_of, wait_for
 
 
 class Cycle(Case):
@@ -46,12 +46,17 @@ class Cycle(Case):
         c.checkpoint()
         c.restore()
 
-    def test_two_at_once(self):
-        a, b = self.container("a").run(), self.container("b").run()
-        self.both(lambda c: c.checkpoint(), a, b)
-        self.both(lambda c: c.restore(), a, b)
+    def test_several_at_once(self):
+        """Three with a GPU and a plain one, which stays out of it all."""
+        plain = self.container("plain", kinds=["talk"]).run(device=None, command=["/talk"])
+        three = [self.container(name).run() for name in "abc"]
+        self.both(lambda c: c.checkpoint(), *three)
+        plain.go_on()
+        self.both(lambda c: c.restore(), *three)
+        a, *others = three
         a.checkpoint()
-        b.go_on()
+        for c in (*others, plain):
+            c.go_on()
         a.restore()
 
     def test_gpu_and_plain_at_once(self):
@@ -119,6 +124,18 @@ class Options(Case):
         c.remove()
         c = c.import_as("two", self.path("c.tar"), "--ignore-rootfs")
         self.assertNotIn("left-behind", c.podman("exec", c.name, "/bin/ls", "/"))
+
+    def test_by_its_name(self):
+        """bennu's commands for a process take a container's name; what is copied ahead is what the next checkpoint need not send."""
+        c = self.container().run()
+        call(BENNU, "suspend", c.name)
+        call(BENNU, "resume", c.inspect("{{.Id}}"))
+        c.go_on()
+        ahead = json.loads(call(BENNU, "pre-dump", "--json", c.name))
+        self.assertGreater(ahead["sent_bytes"], 0)
+        c.checkpoint()
+        self.assertIn("take-over", [p["name"] for p in self.manifest(c.checkpoint_dir)["phases"]])
+        c.restore()
 
     def test_pre_checkpoint(self):
         """Host memory ahead of a checkpoint: where the kernel cannot tell which was written since, Podman refuses and nothing happens."""
@@ -524,6 +541,23 @@ class Crun(Case):
         for _ in range(2):
             c.checkpoint()
             c.restore()
+
+    def test_options(self):
+        c = self.container(runtime=self.runtime).run(command=["/talk", "--lock", "/tmp/lock", "--file", "/tmp/file", "/memcheck", *SMALL])
+        self.assertNotEqual(c.podman_says("container", "checkpoint", "--tcp-established", c.name).returncode, 0)
+        c.go_on()
+        stats = json.loads(c.checkpoint("--file-locks", "--print-stats", "--keep"))["container_statistics"][0]
+        self.assertGreater(stats["criu_statistics"]["pages_written"], 0)
+        stats = json.loads(c.restore("--file-locks", "--print-stats", "--keep"))["container_statistics"][0]
+        self.assertGreater(stats["criu_statistics"]["pages_restored"], 0)
+
+    def test_ignore_rootfs(self):
+        c = self.container(runtime=self.runtime, tcp=False).run()
+        c.podman("exec", c.name, "/bin/touch", "/left-behind")
+        c.checkpoint("--ignore-rootfs", "--export", self.path("c.tar"), "--compress", "none")
+        c.remove()
+        c = c.import_as(self.other_name, self.path("c.tar"), "--ignore-rootfs")
+        self.assertNotIn("left-behind", c.podman("exec", c.name, "/bin/ls", "/"))
 
 
 class Echo:
