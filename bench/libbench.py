@@ -13,6 +13,9 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "test/lib"))
+from gpu_machine import find_driver, tail  # noqa: E402,F401
+
 PROGRAMS = ROOT / "bench/programs"
 PR_SET_CHILD_SUBREAPER = 36
 GIB, MIB = 1 << 30, 1 << 20
@@ -35,21 +38,6 @@ def size_text(n):
         if n >= unit and n % unit == 0:
             return f"{n // unit} {name}"
     return f"{n} bytes"
-
-
-def tail(path, lines=25):
-    try:
-        return "\n".join(pathlib.Path(path).read_text(errors="replace").splitlines()[-lines:])
-    except OSError as e:
-        return f"({e})"
-
-
-def find_driver():
-    """The full path of the system's libcuda.so.1, or None."""
-    listed = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True).stdout
-    paths = [line.split("=>")[1].strip() for line in listed.splitlines() if "libcuda.so.1" in line and "x86-64" in line]
-    folders = os.environ.get("LD_LIBRARY_PATH", "").split(":") + ["/usr/local/nvidia/lib64", "/usr/lib/x86_64-linux-gnu", "/usr/lib64"]
-    return next((p for p in paths + [f"{f}/libcuda.so.1" for f in folders if f] if os.path.exists(p)), None)
 
 
 def cached_share(folder):

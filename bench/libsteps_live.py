@@ -194,7 +194,7 @@ class LiveSteps:
 
     def replicas(self):
         """What the second checkpoint of an inference server adds to the first, and the first of its replica."""
-        t, s = self.t, self.s
+        t = self.t
         self.need_torch()
         t.start_daemon()
 

@@ -15,11 +15,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 
 BUILD = os.environ.get("BENNU_BUILD") or os.path.abspath("build")
 SOURCE = os.environ.get("BENNU_SOURCE") or os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
+from waiting import PATIENCE, text_of, wait_for  # noqa: E402,F401
+
 BENNU = f"{BUILD}/src/cli/bennu"
 BENNUD = f"{BUILD}/src/daemon/bennud"
 PLUGIN_DIR = f"{BUILD}/src/criu"
@@ -29,9 +31,6 @@ MEMCHECK = f"{BUILD}/test/cr/memcheck"
 ODD = f"{BUILD}/test/cr/odd"
 CONTROL = f"{BUILD}/test/cr/control"
 IMAGE = f"{BUILD}/test/cr/image"
-# The daemon's own patience with a GPU is below this.
-PATIENCE = 60
-
 MANIFEST = "bennu-manifest.img"
 # Of words in an agent's page (wire/agent_proto.h): that memory could be let go of; that an allocation waits for it, in bytes.
 NEED_HOT, NEED_WANTED = 6816, 6832
@@ -44,29 +43,6 @@ def become_subreaper():
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(36, 1, 0, 0, 0) != 0:  # PR_SET_CHILD_SUBREAPER
         raise OSError(ctypes.get_errno(), "prctl")
-
-
-def text_of(path):
-    try:
-        with open(path, encoding="utf-8", errors="replace") as f:
-            return f.read()
-    except OSError:
-        return ""
-
-
-def wait_for(condition, what, failed=None, timeout=PATIENCE):
-    """Looks again and again until `condition` holds. `failed` returns a reason to give up at once."""
-    end = time.monotonic() + timeout
-    while True:
-        answer = condition()
-        if answer:
-            return answer
-        why = failed() if failed else None
-        if why:
-            raise AssertionError(f"{what}: {why}")
-        if time.monotonic() > end:
-            raise AssertionError(f"{what}: not within {timeout} s")
-        time.sleep(0.002)
 
 
 def state_of(pid):

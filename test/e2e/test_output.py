@@ -1,6 +1,5 @@
 """What the commands print: tables for people, JSON for programs, with the keys that the manual names."""
 
-import os
 import re
 
 import harness

@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
+
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
+from waiting import PATIENCE, text_of, wait_for  # noqa: E402,F401
 
 BUILD = os.environ.get("BENNU_BUILD") or os.path.abspath("build")
 BENNU = f"{BUILD}/src/cli/bennu"
@@ -21,27 +23,7 @@ DRIVER = f"{BUILD}/sim/libcuda.so.1"
 AGENT = f"{BUILD}/src/agent/libbennu.so"
 COUNTER = f"{BUILD}/test/demo/counter"
 CRIU = f"{BUILD}/criu/bin/criu"
-LONG = 60  # seconds after which a thing that must happen counts as not happening
 MANIFEST = "bennu-manifest.img"
-
-
-def wait_for(condition, what, trouble=None):
-    end = time.monotonic() + LONG
-    while not (answer := condition()):
-        if trouble and (why := trouble()):
-            raise AssertionError(f"{what}: {why}")
-        if time.monotonic() > end:
-            raise AssertionError(f"never happened: {what}")
-        time.sleep(0.005)
-    return answer
-
-
-def text_of(path):
-    try:
-        with open(path, encoding="utf-8", errors="replace") as f:
-            return f.read()
-    except OSError:
-        return ""
 
 
 def stat_of(pid):
@@ -184,7 +166,7 @@ class Daemon:
 
     def stop(self, expected=0):
         self.popen.send_signal(signal.SIGTERM)
-        code = self.popen.wait(LONG)
+        code = self.popen.wait(PATIENCE)
         assert code == expected, f"bennud ended with {code}"
 
 
@@ -232,7 +214,7 @@ class FaultTest(unittest.TestCase):
 
     def bennu(self, *args):
         done = subprocess.run([BENNU, *map(str, args)], env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True, timeout=2 * LONG, check=False)
+                              stderr=subprocess.PIPE, text=True, timeout=2 * PATIENCE, check=False)
         # A failed restore leaves CRIU's log for its user.
         for folder in re.findall(r"CRIU's log: (/tmp/bennu-restore[^/]*)/", done.stderr):
             self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
@@ -249,7 +231,7 @@ class FaultTest(unittest.TestCase):
                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def criu(self, verb, folder, *args, env=None):
-        return self.criu_start(verb, folder, *args, env=env).wait(2 * LONG)
+        return self.criu_start(verb, folder, *args, env=env).wait(2 * PATIENCE)
 
     def ps(self):
         done = self.bennu("ps", "--json")

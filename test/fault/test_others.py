@@ -140,14 +140,14 @@ class Others(FaultTest):
         self.daemon = Daemon(self)
         self.succeeds("suspend", self.app.pid)
         os.kill(self.daemon.first, signal.SIGTERM)
-        self.assertEqual(self.daemon.popen.wait(fault.LONG), 0)
+        self.assertEqual(self.daemon.popen.wait(fault.PATIENCE), 0)
         self.daemon = None
         self.app.go_on()
 
     def test_cannot_start(self):
         """What goes wrong at the first start is told, not tried again."""
         self.env["BENNU_DRIVER"] = "/nonexistent/libcuda.so.1"
-        done = fault.subprocess.run([fault.BENNUD], env=self.env, stderr=fault.subprocess.PIPE, timeout=fault.LONG, text=True,
+        done = fault.subprocess.run([fault.BENNUD], env=self.env, stderr=fault.subprocess.PIPE, timeout=fault.PATIENCE, text=True,
                                     check=False)
         self.assertEqual(done.returncode, 1)
         self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
@@ -283,7 +283,7 @@ class Others(FaultTest):
     def interrupted(self, stage, sig, *command):
         env = {**self.env, "CRIU_CONFIG_FILE": self.interrupt_at(stage, sig)}
         done = fault.subprocess.run([fault.BENNU, *map(str, command)], env=env, stdin=fault.subprocess.DEVNULL, text=True,
-                                    stdout=fault.subprocess.PIPE, stderr=fault.subprocess.PIPE, timeout=2 * fault.LONG, check=False,
+                                    stdout=fault.subprocess.PIPE, stderr=fault.subprocess.PIPE, timeout=2 * fault.PATIENCE, check=False,
                                     preexec_fn=lambda: signal.signal(sig, signal.SIG_DFL))
         self.assertEqual(done.returncode, 128 + sig, done.stderr)
         self.assertEqual(done.stderr.count("\n"), 1, done.stderr)

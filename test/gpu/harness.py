@@ -21,6 +21,9 @@ import time
 import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+sys.path.append(str(ROOT / "test/lib"))
+from gpu_machine import find_driver, tail  # noqa: E402,F401
+
 TESTS = ROOT / "test/gpu"
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -35,24 +38,6 @@ class Skipped(Exception):
 
 class OutOfTime(BaseException):
     """The step's time is over. Not an Exception: no step may swallow it."""
-
-
-def tail(path, lines=30):
-    try:
-        text = pathlib.Path(path).read_text(errors="replace")
-    except OSError as e:
-        return f"({e})"
-    return "\n".join(text.splitlines()[-lines:])
-
-
-def find_driver():
-    """The full path of the real libcuda.so.1, or None."""
-    out = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True).stdout
-    paths = [line.split("=>")[1].strip() for line in out.splitlines() if "libcuda.so.1" in line and "x86-64" in line]
-    folders = os.environ.get("LD_LIBRARY_PATH", "").split(":") + ["/usr/local/nvidia/lib64", "/usr/lib/x86_64-linux-gnu",
-                                                                   "/usr/lib64"]
-    paths += [f"{folder}/libcuda.so.1" for folder in folders if folder]
-    return next((p for p in paths if os.path.exists(p)), None)
 
 
 def below(pid):

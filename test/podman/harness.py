@@ -14,13 +14,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
+
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
+from waiting import PATIENCE, text_of, wait_for  # noqa: E402
 
 SOURCE = os.environ.get("BENNU_SOURCE", "")
 BUILD = os.environ.get("BENNU_BUILD", "")
 STAGE = os.environ.get("BENNU_STAGE", "")
-PATIENCE = 60
 STORAGE = "/var/lib/containers"
 LIBS = os.path.dirname((glob.glob("/usr/lib/*/libc.so.6") or ["/usr/lib/none/libc.so.6"])[0])
 DRIVER = LIBS + "/libcuda.so.575.57.08"
@@ -31,29 +32,6 @@ AGENT = glob.glob("/usr/local/lib/*/bennu/agent/libbennu.so")
 # Where the kernel needs it for network sockets (scripts/debian-root says why): a newer CRIU than the distribution's.
 NEWER_CRIU = "/opt/criu/bin"
 SMALL = ["--allocs=8", "--min=4", "--max=3M"]
-
-
-def text_of(path):
-    try:
-        with open(path, encoding="utf-8", errors="replace") as f:
-            return f.read()
-    except OSError:
-        return ""
-
-
-def wait_for(condition, what, failed=None, timeout=PATIENCE):
-    """Looks again and again until `condition` holds. `failed` returns a reason to give up at once."""
-    end = time.monotonic() + timeout
-    while True:
-        answer = condition()
-        if answer:
-            return answer
-        why = failed() if failed else None
-        if why:
-            raise AssertionError(f"{what}: {why}")
-        if time.monotonic() > end:
-            raise AssertionError(f"{what}: not within {timeout} s")
-        time.sleep(0.005)
 
 
 def call(*command, **kwargs):
