@@ -71,6 +71,7 @@ void bn_cold_remove(int dirfd)
     char link[64], path[PATH_MAX];
     struct stat there, ours;
     unlinkat(dirfd, NOTE, 0);
+    unlinkat(dirfd, "." NOTE ".tmp", 0); /* of bn_write_file_atomic_at, if it was killed */
     bn_image_remove(dirfd, NULL);
     snprintf(link, sizeof(link), "/proc/self/fd/%d", dirfd);
     ssize_t n = readlink(link, path, sizeof(path) - 1);

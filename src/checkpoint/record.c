@@ -237,7 +237,9 @@ static void read_head(struct bn_reader *b, struct bn_record_head *head)
 
 int bn_record_head(const struct bn_record *r, struct bn_record_head *head)
 {
-    struct bn_reader b = bn_reader_init(r->bytes, r->nbytes);
+    struct bn_reader b = bn_reader_init(r->bytes, r->nbytes), version = b;
+    if (bn_read_u32(&version) != VERSION && !version.failed)
+        return -EPROTO;
     read_head(&b, head);
     return b.failed ? -EBADMSG : 0;
 }
@@ -262,7 +264,10 @@ static int read_noted(struct bn_reader *b, struct bn_guard *g, uint64_t session,
     for (unsigned i = 0; i < sizeof(session); i++)
         ((uint8_t *)r->bytes)[SESSION_AT + i] = (uint8_t)(session >> 8 * i);
     r->nbytes = len;
-    if (bn_record_head(r, &head) < 0 || !(head.flags & BN_RECORD_SUSPENDED))
+    int rc = bn_record_head(r, &head);
+    if (rc < 0)
+        return rc;
+    if (!(head.flags & BN_RECORD_SUSPENDED))
         return -EBADMSG; /* whether it has all that its flags say is looked at where it is opened */
     if (!(head.flags & BN_RECORD_DISK))
         return 0;

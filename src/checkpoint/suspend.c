@@ -175,12 +175,27 @@ int bn_resume(struct bn_suspended **sp, struct bn_report *report, struct bn_erro
     return 0;
 }
 
+/* A folder is written for a tree as a whole. */
+static bool partly_on_disk(const struct bn_suspended *s)
+{
+    for (size_t i = 0; i < s->q.targets.n; i++)
+        for (size_t p = 0; p < s->q.targets.v[i].nparts; p++)
+            if (s->q.targets.v[i].parts[p].cold)
+                return true;
+    return false;
+}
+
 int bn_suspended_move(struct bn_suspended *s, uint32_t tier, const bool *cancel, struct bn_error *err)
 {
     const struct bn_tier *to = bn_tier_find(tier);
     if (s->giving)
         return bn_error_set(err, EBUSY, "move", "process %d is being brought back", s->q.root);
     int r = s->look ? bn_recover_look(s, err) : 0;
+    if (r == 0 && partly_on_disk(s))
+        r = bn_error_set(err, EBUSY, "move",
+                         "a part of process %d's memory lies on the disk already, since a move was cut off: "
+                         "'bennu resume %d' puts it together",
+                         s->q.root, s->q.root);
     if (r < 0)
         return r;
     struct bn_report *report = s->q.report = bn_report_new();

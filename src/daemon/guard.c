@@ -9,13 +9,16 @@
 #include <string.h>
 #include <sys/socket.h>
 
+#ifndef ANSWER_MS /* a test has less patience */
 #define ANSWER_MS 30000
+#endif
 
 struct guard {
     struct bn_guard ops;
     int sock;
     pthread_mutex_t lock; /* a record and its answer belong together */
     uint64_t last_key;
+    uint32_t last_seq;
     bool lost;
 };
 
@@ -34,7 +37,7 @@ static void lost(struct guard *g, int r)
     g->lost = true;
 }
 
-static int wait_answer(struct guard *g, uint64_t key)
+static int wait_answer(struct guard *g, uint32_t seq)
 {
     struct keeper_inbox in = {0};
     struct keeper_head head;
@@ -47,12 +50,13 @@ static int wait_answer(struct guard *g, uint64_t key)
         int r = n > 0 ? keeper_recv(g->sock, &in, &head, &whole) : -ETIMEDOUT;
         if (r < 0)
             return r;
-        if (head.type == KEEPER_DONE && head.key == key)
+        if (head.type == KEEPER_DONE && head.seq == seq)
             return 0 - head.error;
     }
 }
 
-/* Without a keeper the work goes on; that it cannot take a record is an error. */
+/* Without a keeper the work goes on; that it cannot take a record is an error. So is its silence: while it lives its records are what a
+ * next worker believes, so nothing may be done that they do not say. */
 static int put(struct bn_guard *ops, uint64_t key, uint32_t kind, const struct bn_writer *body,
                const int *fds, size_t nfds, struct bn_error *err)
 {
@@ -62,15 +66,18 @@ static int put(struct bn_guard *ops, uint64_t key, uint32_t kind, const struct b
     int rc = 0;
     pthread_mutex_lock(&g->lock);
     if (!g->lost) {
-        rc = keeper_send_record(g->sock, &r);
+        rc = keeper_send_record(g->sock, &r, ++g->last_seq);
         if (rc == 0)
-            rc = wait_answer(g, key);
-        if (rc == -EPIPE || rc == -ECONNRESET || rc == -ETIMEDOUT) {
+            rc = wait_answer(g, g->last_seq);
+        if (rc == -EPIPE || rc == -ECONNRESET) {
             lost(g, rc);
             rc = 0;
         }
     }
     pthread_mutex_unlock(&g->lock);
+    if (rc == -ETIMEDOUT)
+        return bn_error_set(err, rc, "guard",
+                            "bennud's keeper, its other process, does not answer: is it stopped?");
     return rc < 0 ? bn_error_set(err, rc, "guard",
                                  "bennud's keeper cannot hold the %zu descriptors of the process: %s", nfds,
                                  strerror(-rc))
@@ -81,7 +88,7 @@ static void drop(struct bn_guard *ops, uint64_t key)
 {
     struct guard *g = of(ops);
     pthread_mutex_lock(&g->lock);
-    int r = g->lost ? 0 : keeper_send(g->sock, KEEPER_DROP, key, 0);
+    int r = g->lost ? 0 : keeper_send(g->sock, KEEPER_DROP, key, 0, 0);
     if (r < 0)
         lost(g, r);
     pthread_mutex_unlock(&g->lock);
@@ -158,7 +165,7 @@ void bn_guard_free(struct bn_guard *ops)
 
 void bn_guard_up(struct bn_guard *g)
 {
-    keeper_send(of(g)->sock, KEEPER_UP, 0, 0);
+    keeper_send(of(g)->sock, KEEPER_UP, 0, 0, 0);
 }
 
 int bn_guard_fd(const struct bn_guard *g)

@@ -53,20 +53,20 @@ static void drop(struct keeper *k, uint64_t key)
         }
 }
 
-static void keep(struct keeper *k)
+static void keep(struct keeper *k, uint32_t seq)
 {
     struct kept *new = malloc(sizeof(*new));
     uint64_t key = k->inbox.record.key;
     if (!new) {
         keeper_inbox_clear(&k->inbox);
-        keeper_send(k->sock, KEEPER_DONE, key, ENOMEM);
+        keeper_send(k->sock, KEEPER_DONE, key, seq, ENOMEM);
         return;
     }
     drop(k, key);
     *new = (struct kept){k->inbox.record, k->kept};
     k->inbox = (struct keeper_inbox){0};
     k->kept = new;
-    keeper_send(k->sock, KEEPER_DONE, key, 0);
+    keeper_send(k->sock, KEEPER_DONE, key, seq, 0);
 }
 
 /* One packet from the worker. False when there will be no more. */
@@ -76,7 +76,7 @@ static bool listen_to_worker(struct keeper *k)
     bool whole;
     int r = keeper_recv(k->sock, &k->inbox, &head, &whole);
     if (r == -EMFILE || r == -ENOMEM)
-        keeper_send(k->sock, KEEPER_DONE, head.key, -r);
+        keeper_send(k->sock, KEEPER_DONE, head.key, head.seq, -r);
     else if (r < 0)
         return false;
     else if (head.type == KEEPER_DROP)
@@ -85,7 +85,7 @@ static bool listen_to_worker(struct keeper *k)
         k->was_up = true;
         sd_notify(0, "READY=1");
     } else if (whole)
-        keep(k);
+        keep(k, head.seq);
     return true;
 }
 
@@ -140,9 +140,9 @@ static void hand_over(struct keeper *k)
 {
     int r = 0;
     for (struct kept *at = k->kept; at && r == 0; at = at->next)
-        r = keeper_send_record(k->sock, &at->record);
+        r = keeper_send_record(k->sock, &at->record, 0);
     if (r == 0)
-        keeper_send(k->sock, KEEPER_LAST, 0, 0);
+        keeper_send(k->sock, KEEPER_LAST, 0, 0, 0);
 }
 
 static int start_worker(struct keeper *k)

@@ -32,7 +32,7 @@ struct keeper_head {
     uint32_t nfds;   /* of the whole record */
     uint32_t first;  /* 1: a record begins */
     int32_t error;
-    uint32_t reserved;
+    uint32_t seq; /* of a put, which the answer repeats: one that comes too late answers no later put */
 };
 
 #define KEEPER_RECORD_MAX (64u << 20)
@@ -41,8 +41,8 @@ struct keeper_head {
 /* ---- packets (keeper_wire.c), for both sides ---- */
 
 /* Blocking. 0 or negative errno. */
-int keeper_send(int sock, uint16_t type, uint64_t key, int error);
-int keeper_send_record(int sock, const struct bn_record *r);
+int keeper_send(int sock, uint16_t type, uint64_t key, uint32_t seq, int error);
+int keeper_send_record(int sock, const struct bn_record *r, uint32_t seq);
 
 /* A record that is coming in. Zeroed at first. */
 struct keeper_inbox {

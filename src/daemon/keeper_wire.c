@@ -7,13 +7,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-int keeper_send(int sock, uint16_t type, uint64_t key, int error)
+int keeper_send(int sock, uint16_t type, uint64_t key, uint32_t seq, int error)
 {
-    struct keeper_head head = {.magic = KEEPER_MAGIC, .type = type, .key = key, .error = error};
+    struct keeper_head head = {.magic = KEEPER_MAGIC, .type = type, .key = key, .error = error, .seq = seq};
     return bn_packet_send(sock, &(struct iovec){&head, sizeof(head)}, 1, NULL, 0);
 }
 
-int keeper_send_record(int sock, const struct bn_record *r)
+int keeper_send_record(int sock, const struct bn_record *r, uint32_t seq)
 {
     if (r->nbytes > KEEPER_RECORD_MAX || r->nfds > KEEPER_FDS_MAX)
         return -E2BIG;
@@ -23,7 +23,8 @@ int keeper_send_record(int sock, const struct bn_record *r)
                                .key = r->key,
                                .nbytes = r->nbytes,
                                .nfds = (uint32_t)r->nfds,
-                               .first = 1};
+                               .first = 1,
+                               .seq = seq};
     size_t bytes = 0, fds = 0;
     do {
         size_t b = r->nbytes - bytes < KEEPER_BYTES ? r->nbytes - bytes : KEEPER_BYTES;

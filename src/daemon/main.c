@@ -417,7 +417,7 @@ static int prepare(struct daemon *d, const struct options *o, struct bn_error *e
     if (r == 0 && n > 0)
         bn_daemon_recover(d, records, n);
     free(records);
-    if (r == 0 && o->private_fd < 0)
+    if (r == 0 && o->listen_fd >= 0) /* a private one has nothing to do with what others left */
         bn_daemon_take_folders(d);
     return r;
 }

@@ -233,6 +233,10 @@ class FaultTest(unittest.TestCase):
     def criu(self, verb, folder, *args, env=None):
         return self.criu_start(verb, folder, *args, env=env).wait(2 * PATIENCE)
 
+    def privates(self):
+        return [p for p in os.listdir("/proc") if p.isdigit() and alive(p)
+                and self.dir in text_of(f"/proc/{p}/environ") and "--private" in text_of(f"/proc/{p}/cmdline")]
+
     def ps(self):
         done = self.bennu("ps", "--json")
         if done.returncode:  # one that is about to be killed once more

@@ -161,10 +161,6 @@ class Dump(FaultTest):
         self.assertIn(MANIFEST, os.listdir(folder))
         wait_for(lambda: not self.privates(), "the end of the private daemon")
 
-    def privates(self):
-        return [p for p in os.listdir("/proc") if p.isdigit() and fault.alive(p)
-                and self.dir in fault.text_of(f"/proc/{p}/environ") and "--private" in fault.text_of(f"/proc/{p}/cmdline")]
-
 
 if __name__ == "__main__":
     fault.main()

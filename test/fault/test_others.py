@@ -102,6 +102,30 @@ class Others(FaultTest):
         self.app.go_on()
         self.stop()
 
+    def test_private_one_leaves_others_alone(self):
+        """What rests on the disk is the business of a daemon that stays."""
+        os.mkdir(self.path("other"))
+        other = Application(self.path("other"), self.env)
+        self.addCleanup(fault.vanish, other.pid)
+        self.daemon = Daemon(self)
+        self.succeeds("suspend", "--to", "disk", self.app.pid)
+        self.daemon.end()
+        self.daemon = None
+        spool, counts = self.path("run", "spool"), self.app.counts()
+        folders = os.listdir(spool)
+        env = {**self.env, "BENNUD_TEST_KILL": "evict:end"}
+        self.assertNotEqual(self.criu("dump", self.new_dir(), "-t", other.pid, "--leave-running", env=env), 0)
+        other.go_on()
+        wait_for(lambda: not self.privates(), "the end of the private daemon")
+        self.assertEqual((os.listdir(spool), self.app.counts()), (folders, counts))
+        self.daemon = Daemon(self)
+        self.wait_state("suspended")
+        open(os.path.join(spool, *folders, ".bennu-suspended.tmp"), "w", encoding="utf-8").close()  # a write that was cut off
+        self.succeeds("resume", self.app.pid)
+        self.app.go_on()
+        self.assertEqual(os.listdir(spool), [])
+        self.stop()
+
     def test_both_with_nobody_left(self):
         """A folder is removed when its processes are gone, and when it does not tell whose it is."""
         spool = self.path("run", "spool")

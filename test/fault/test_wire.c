@@ -24,9 +24,9 @@ struct sender {
 static void *send_it(void *arg)
 {
     struct sender *s = arg;
-    s->result = keeper_send_record(s->sock, s->record);
+    s->result = keeper_send_record(s->sock, s->record, 0);
     if (s->result == 0)
-        s->result = keeper_send(s->sock, KEEPER_LAST, 0, 0);
+        s->result = keeper_send(s->sock, KEEPER_LAST, 0, 0, 0);
     return NULL;
 }
 
@@ -109,13 +109,13 @@ static void test_broken_off(void **state)
     int pair[2];
     assert_int_equal(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair), 0);
     struct bn_record small = make(1, 100, 2);
-    assert_int_equal(keeper_send_record(pair[0], &small), 0);
+    assert_int_equal(keeper_send_record(pair[0], &small, 0), 0);
     struct keeper_head head = {
         .magic = KEEPER_MAGIC, .type = KEEPER_PUT, .key = 2, .nbytes = 100, .nfds = 0, .first = 1};
     uint8_t packet[sizeof(head) + 50] = {0};
     memcpy(packet, &head, sizeof(head));
     assert_int_equal(send(pair[0], packet, sizeof(packet), 0), sizeof(packet));
-    assert_int_equal(keeper_send(pair[1], KEEPER_DONE, 1, 0),
+    assert_int_equal(keeper_send(pair[1], KEEPER_DONE, 1, 0, 0),
                      0); /* never read: the kernel tells us with ECONNRESET */
     bn_close(pair[0]);
 
@@ -176,7 +176,7 @@ static void test_too_many_descriptors(void **state)
     struct rlimit before;
     assert_int_equal(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair), 0);
     struct bn_record out = make(9, 10, 60);
-    assert_int_equal(keeper_send_record(pair[0], &out), 0);
+    assert_int_equal(keeper_send_record(pair[0], &out, 0), 0);
     getrlimit(RLIMIT_NOFILE, &before);
     int next = fcntl(0, F_DUPFD_CLOEXEC, 3);
     struct rlimit low = {(rlim_t)next + 10, before.rlim_max};
