@@ -99,6 +99,8 @@ def import_image(name, files, links=(), folders=(), change=()):
         for source, path in files:
             os.makedirs(os.path.dirname(top + path), exist_ok=True)
             shutil.copy(source, top + path)
+            if path.startswith("/setuid/"):
+                os.chmod(top + path, 0o4755)
         with open(f"{top}/etc/passwd", "w", encoding="utf-8") as f:
             f.write("root:x:0:0:root:/:/bin/sh\nuser:x:1234:1234::/:/bin/sh\n")
         with open(f"{top}/etc/group", "w", encoding="utf-8") as f:
@@ -129,6 +131,8 @@ def make_images():
     import_image("glibc", sh + programs + libs, sh_links + link, change=env)
     import_image("glibc-bare", sh + programs + libs, sh_links, change=env)
     import_image("glibc-user", sh + programs + libs, sh_links + link, change=env + ["USER user"])
+    setuid = [(f"{BUILD}/test/cr/memcheck", "/setuid/memcheck")]
+    import_image("glibc-setuid", sh + programs + setuid + libs, sh_links + link, change=env + ["USER user"])
     if os.path.exists(f"{STAGE}/musl"):
         musl = "/usr/lib/x86_64-linux-musl/libc.so"
         import_image("musl", sh + [(f"{STAGE}/musl", "/musl"), (musl, musl)], sh_links + [(musl, "/lib/ld-musl-x86_64.so.1")])

@@ -343,6 +343,23 @@ class Ways(Case):
         self.assertEqual(len(self.manifest(c.checkpoint_dir)["processes"]), 1)
         c.go_on()
 
+    def test_mapped_users_and_a_root_that_is_read_only(self):
+        c = self.container(tcp=False).run("--uidmap=0:200000:65536", "--gidmap=0:200000:65536", "--read-only")
+        self.assertTrue(agents_in(c.pid))
+        self.assertEqual(os.stat(f"/proc/{c.pid}").st_uid, 200000)
+        c.checkpoint("--leave-running")
+        self.assertEqual(len(self.manifest(c.checkpoint_dir)["processes"]), 1)
+        c.go_on()
+
+    def test_program_that_changes_its_user(self):
+        """As sudo does: the loader heeds no variable then, and the agent is there nevertheless."""
+        c = self.container(tcp=False).run(image="glibc-setuid", command=["/talk", "--unix", "/setuid/memcheck", *SMALL])
+        gpu = processes_with("/setuid/memcheck")
+        gpu = [p for p in gpu if "talk" not in text_of(f"/proc/{p}/comm")]
+        self.assertEqual([os.stat(f"/proc/{p}").st_uid for p in gpu], [0])
+        self.assertTrue(agents_in(gpu[0]))
+        c.go_on()
+
     def test_namespaces_of_the_host(self):
         c = self.container().run("--pid=host", "--ipc=host")
         self.assertTrue(agents_in(c.pid))
@@ -489,6 +506,8 @@ class Trouble(Case):
         c.restore()
         self.start_daemon()
         c.checkpoint()
+        self.stop_daemon()
+        self.start_daemon()
         c.restore()
 
     def files(self, folder):
