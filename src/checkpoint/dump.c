@@ -332,6 +332,13 @@ int bn_dump_release(struct bn_dump *d, const bool *cancel, struct bn_error *err)
     return 0;
 }
 
+static int check_cancel(const bool *cancel, struct bn_error *err)
+{
+    return cancel && __atomic_load_n(cancel, __ATOMIC_ACQUIRE)
+               ? bn_error_set(err, ECANCELED, "commit", "cancelled")
+               : 0;
+}
+
 /* What has been written, and what CRIU has: it is no checkpoint. */
 static void give_up(struct bn_dump *d)
 {
@@ -352,7 +359,11 @@ int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err)
         r = bn_pack_writer_finish(d->writer, d->manifest, err);
     bn_kill_point(d->q.env, "commit", "one");
     if (r == 0)
+        r = check_cancel(cancel, err);
+    if (r == 0)
         r = sync_all(d, err);
+    if (r == 0)
+        r = check_cancel(cancel, err);
     if (r == 0 && add_phases(d) < 0)
         r = bn_error_set(err, ENOMEM, "manifest", "out of memory");
     if (r == 0)

@@ -48,6 +48,7 @@ struct dump {
     struct cli_dumped *out;
     char log_kept[PATH_MAX], parent[PATH_MAX];
     struct cli_cancel *cancel;
+    bool complete; /* it failed, but what is there is a checkpoint */
 };
 
 /* What the daemon would refuse in a dump of this tree. Returns an exit code. */
@@ -183,8 +184,18 @@ static int failed(struct dump *d, int exit_code, struct bn_error *err)
  * before success is claimed. */
 static int check_result(struct dump *d, const struct bn_error *session, struct bn_error *err)
 {
-    if (d->out->cuda == 0 || bn_image_present(d->dir.fd) == 1)
+    if (d->out->cuda == 0)
         return 0;
+    if (bn_image_present(d->dir.fd) == 1) {
+        if (!session || !d->o->leave_running || cli_daemon_silent(session))
+            return 0;
+        d->complete = true;
+        return bn_error_set(
+            err, session->code, session->stage,
+            "the checkpoint in %s is complete, but the process was not brought back (%s): 'bennu resume "
+            "%d' tries again",
+            d->dir.path, session->text, d->pid);
+    }
     if (session)
         return bn_error_set(err, session->code, session->stage, "%s", session->text);
     return bn_error_set(
@@ -251,7 +262,7 @@ static int checkpoint(struct dump *d, int *sock, struct bn_error *err)
     }
     if (check_result(d, watched < 0 ? &session : NULL, err) <
         0) /* of a process that was ended it is all there is */
-        return d->o->leave_running ? failed(d, cli_daemon_exit_code(err), err) : CLI_FAILED;
+        return d->o->leave_running && !d->complete ? failed(d, cli_daemon_exit_code(err), err) : CLI_FAILED;
     return CLI_OK;
 }
 

@@ -53,8 +53,11 @@ struct published {
     pid_t root; /* 0: a restore */
     dev_t dev;
     ino_t ino;
-    bool *cancel; /* set when the one who waits for its end hangs up, or NULL */
-    bool ended;   /* all is said, but its processes are still being let go */
+    bool *cancel;          /* set when the one who waits for its end hangs up, or NULL */
+    struct bn_usage aside; /* what it has set aside on GPUs */
+    bool *stop;            /* set when others need that, and then also: */
+    bool needed;
+    bool ended; /* all is said, but its processes are still being let go */
     struct published *next;
 };
 
@@ -152,11 +155,18 @@ bool bn_room_for_resume(struct daemon *d, const struct bn_suspended *s, struct b
 /* Move one tree out of the memory of a GPU that `where` has something on (NULL: of any), or wait a while for what a dump has set
  * aside there. False: there is none. */
 bool bn_let_go(struct daemon *d, const struct bn_usage *where);
-/* Do so until `bytes` are free on GPU dev (below BN_USAGE_GPUS) or nothing more can go. False: too little is free and nothing went. */
-bool bn_free_gpu(struct daemon *d, unsigned dev, uint64_t bytes);
+/* Do so until `bytes` are free on GPU dev (below BN_USAGE_GPUS) or nothing more can go. False: too little is free and nothing went.
+ * `wanted` (may be NULL): asked now and then while a dump's memory is waited for; when it says no that ends, and in a few seconds dumps
+ * are cancelled that have set memory aside there. */
+bool bn_free_gpu(struct daemon *d, unsigned dev, uint64_t bytes, bool (*wanted)(void *), void *arg);
 
-/* A dump has set this aside, or (false) has freed it. */
-void bn_room_aside(struct daemon *d, const struct bn_usage *usage, bool set);
+/* What the driver needs for the contexts of a process: 0.5 GiB on an H100. */
+#define BN_ROOM_CONTEXTS (UINT64_C(768) << 20)
+/* The dump with this report, which is published, has set this aside, and *stop ends it; or (NULL) has freed it. */
+void bn_room_aside(struct daemon *d, const struct bn_report *report, const struct bn_usage *usage,
+                   bool *stop);
+/* Was it stopped because others needed that? */
+bool bn_room_needed(struct daemon *d, const struct bn_report *report);
 
 /* ---- allocations of others (need.c) ---- */
 

@@ -91,19 +91,35 @@ struct want {
     struct bn_agent_want want;
 };
 
-static bool let_go(struct daemon *d, const struct bn_agent_want *want)
+/* It may have given up, or ended. */
+static bool still_wanted(void *arg)
 {
+    const struct want *w = arg;
+    struct bn_agent *agent;
+    struct bn_agent_want now;
+    if (bn_agent_find(w->pid, &agent) < 0)
+        return false;
+    bool same = bn_agent_wanted(agent, &now) == 1 && now.seq == w->want.seq;
+    bn_agent_free(agent);
+    return same;
+}
+
+static bool let_go(struct want *w)
+{
+    struct daemon *d = w->d;
+    const struct bn_agent_want *want = &w->want;
     int dev = bn_gpu_find(d->env.gpu, want->uuid);
     if (dev < 0 || (unsigned)dev >= BN_USAGE_GPUS)
         return false;
-    return bn_free_gpu(d, (unsigned)dev, want->bytes < UINT64_MAX - SLACK ? want->bytes + SLACK : UINT64_MAX);
+    return bn_free_gpu(d, (unsigned)dev, want->bytes < UINT64_MAX - SLACK ? want->bytes + SLACK : UINT64_MAX,
+                       still_wanted, w);
 }
 
 static void *serve(void *arg)
 {
     struct want *w = arg;
     struct daemon *d = w->d;
-    bool more = let_go(d, &w->want);
+    bool more = let_go(w);
     struct bn_agent *agent;
     if (bn_agent_find(w->pid, &agent) == 0) {
         (void)!bn_agent_answer_want(agent, w->want.seq, more);

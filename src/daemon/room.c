@@ -5,6 +5,8 @@
 #include "daemon/daemon.h"
 
 #include "base/cleanup.h"
+#include "base/io.h"
+#include "wire/agent_proto.h"
 
 #include <sys/eventfd.h>
 #include <time.h>
@@ -12,9 +14,9 @@
 
 #define MIB(bytes) ((unsigned long long)((bytes) >> 20))
 #define ANY_GPU UINT32_MAX
-/* What the driver needs for the contexts of a process: 0.5 GiB on an H100. */
-#define CONTEXTS (UINT64_C(768) << 20)
 #define ASIDE_SECONDS 1 /* then somebody looks whether there is room */
+/* So long an allocation waits for a dump; then the dump ends. Half of what agents wait in all. */
+#define ASIDE_NS (BN_AGENT_NEED_MS / 2 * UINT64_C(1000000))
 
 static uint64_t in_tier(const struct bn_usage *u, uint32_t tier, unsigned dev)
 {
@@ -155,14 +157,48 @@ static bool wait_for_move(struct daemon *d, unsigned dev)
     return waited;
 }
 
-void bn_room_aside(struct daemon *d, const struct bn_usage *usage, bool set)
+void bn_room_aside(struct daemon *d, const struct bn_report *report, const struct bn_usage *usage, bool *stop)
 {
     pthread_mutex_lock(&d->lock);
     for (unsigned g = 0; g < BN_USAGE_GPUS; g++)
-        d->aside.gpu[g] += set ? usage->gpu[g] : -usage->gpu[g];
+        d->aside.gpu[g] += stop ? usage->gpu[g] : -usage->gpu[g];
+    for (struct published *p = d->published; p; p = p->next)
+        if (p->report == report) {
+            p->aside = stop ? *usage : (struct bn_usage){0};
+            p->stop = stop;
+        }
     pthread_cond_broadcast(&d->published_changed);
     pthread_mutex_unlock(&d->lock);
     eventfd_write(d->wake_fd, 1);
+}
+
+bool bn_room_needed(struct daemon *d, const struct bn_report *report)
+{
+    bool needed = false;
+    pthread_mutex_lock(&d->lock);
+    for (struct published *p = d->published; p; p = p->next)
+        needed = needed || (p->report == report && p->needed);
+    pthread_mutex_unlock(&d->lock);
+    return needed;
+}
+
+static void stop_aside(struct daemon *d, unsigned dev)
+{
+    pthread_mutex_lock(&d->lock);
+    for (struct published *p = d->published; p; p = p->next)
+        if (p->stop && p->aside.gpu[dev]) {
+            p->needed = true;
+            __atomic_store_n(p->stop, true, __ATOMIC_RELEASE);
+        }
+    pthread_mutex_unlock(&d->lock);
+}
+
+static uint64_t aside_on(struct daemon *d, unsigned dev)
+{
+    pthread_mutex_lock(&d->lock);
+    uint64_t bytes = d->aside.gpu[dev];
+    pthread_mutex_unlock(&d->lock);
+    return bytes;
 }
 
 /* What is set aside cannot be moved, but comes free when it is copied. */
@@ -205,18 +241,25 @@ static uint64_t resident(pid_t pid)
     return (uint64_t)pages * (uint64_t)sysconf(_SC_PAGESIZE);
 }
 
-bool bn_free_gpu(struct daemon *d, unsigned dev, uint64_t bytes)
+bool bn_free_gpu(struct daemon *d, unsigned dev, uint64_t bytes, bool (*wanted)(void *), void *arg)
 {
-    struct bn_usage where = {0};
-    where.gpu[dev] = 1;
-    for (bool went = false;; went = true) {
-        uint64_t free_bytes, total;
+    uint64_t until = bn_now_ns() + ASIDE_NS;
+    for (bool went = false;;) {
+        /* What comes free between the two looks counts twice, not never. */
+        uint64_t aside = aside_on(d, dev), free_bytes, total;
         if (bn_gpu_mem_info(d->env.gpu, dev, &free_bytes, &total, NULL) < 0)
             return went;
         if (free_bytes >= bytes)
             return true;
-        if (!bn_let_go(d, &where))
+        if (move_down(d, BN_TIER_GPU, dev, new_round(d)) || wait_for_move(d, dev)) {
+            went = true;
+            continue;
+        }
+        if (aside == 0 || free_bytes + aside < bytes || (wanted && !wanted(arg)))
             return went;
+        if (wanted && bn_now_ns() >= until)
+            stop_aside(d, dev);
+        wait_for_aside(d, dev);
     }
 }
 
@@ -227,7 +270,7 @@ bool bn_room_for_resume(struct daemon *d, const struct bn_suspended *s, struct b
     bool somewhere = false;
     *where = (struct bn_usage){0};
     for (size_t i = 0; i < t->n; i++) {
-        uint64_t driver = t->v[i].checkpointed ? CONTEXTS : 0;
+        uint64_t driver = t->v[i].checkpointed ? BN_ROOM_CONTEXTS : 0;
         if (t->v[i].nparts == 0 && driver)
             anywhere += driver + resident(t->v[i].pid);
         for (size_t p = 0; p < t->v[i].nparts; p++) {
@@ -239,7 +282,7 @@ bool bn_room_for_resume(struct daemon *d, const struct bn_suspended *s, struct b
     for (unsigned dev = 0; dev < bn_gpu_count(d->env.gpu) && dev < BN_USAGE_GPUS; dev++) {
         somewhere = somewhere || where->gpu[dev];
         if (where->gpu[dev] || anywhere)
-            bn_free_gpu(d, dev, where->gpu[dev] + anywhere);
+            bn_free_gpu(d, dev, where->gpu[dev] + anywhere, NULL, NULL);
     }
     return somewhere;
 }

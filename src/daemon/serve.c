@@ -27,7 +27,8 @@ struct client {
 
     struct bn_report *report; /* of the session, between its BEGIN and its END */
     struct bn_dump *dump;
-    bool late; /* it is committed after its processes were let go */
+    bool may_be_late; /* at its begin it was meant to be: */
+    bool late;        /* it is committed after its processes were let go */
     bool has_aside;
     struct bn_usage aside; /* what it has set aside */
     struct bn_restore *restore;
@@ -193,28 +194,52 @@ static void keep_left(struct client *c, struct bn_suspended *left)
 static void aside_is_free(struct client *c)
 {
     if (c->has_aside)
-        bn_room_aside(c->d, &c->aside, false);
+        bn_room_aside(c->d, c->report, &c->aside, NULL);
     c->has_aside = false;
 }
 
-static void aftermath(struct client *c, pid_t root)
+static void aftermath(struct client *c, pid_t root, struct bn_error *err)
 {
-    struct bn_error err = BN_ERROR_INIT;
     struct bn_suspended *left;
-    if (bn_dump_aftermath(c->dump, &left, &err) < 0)
-        fprintf(stderr, "bennud: after the dump of %d: %s\n", root, err.text);
+    if (bn_dump_aftermath(c->dump, &left, err) < 0)
+        fprintf(stderr, "bennud: after the dump of %d: %s\n", root, err->text);
     keep_left(c, left);
 }
 
-/* CRIU has heard already that all is well: who watches learns how it ends. */
-static void commit_late(struct client *c, pid_t root)
+/* Was it cancelled for the sake of another program? Then the one who watches learns that. */
+static void say_needed(struct client *c, struct bn_error *err)
 {
-    struct bn_error err = BN_ERROR_INIT;
-    int r = bn_dump_commit(c->dump, &c->gone, &err);
+    if (err->code != ECANCELED || !bn_room_needed(c->d, c->report))
+        return;
+    *err = (struct bn_error)BN_ERROR_INIT;
+    bn_error_set(err, EBUSY, "set-aside",
+                 "another program needed the GPU memory that was set aside: try again, or without "
+                 "--leave-running");
+}
+
+static void commit_late(struct client *c, pid_t root, struct bn_error *err)
+{
+    int r = bn_dump_commit(c->dump, &c->gone, err);
     aside_is_free(c);
-    if (r < 0 && err.code != ECANCELED)
-        fprintf(stderr, "bennud: the dump of %d failed at '%s': %s\n", root, err.stage, err.text);
-    session_end(c, r < 0 ? &err : NULL);
+    if (r < 0)
+        say_needed(c, err);
+    if (r < 0 && err->code != ECANCELED)
+        fprintf(stderr, "bennud: the dump of %d failed at '%s': %s\n", root, err->stage, err->text);
+}
+
+/* Is there room for the contexts, which the driver brings back, beside what is set aside? */
+static bool contexts_fit(struct client *c)
+{
+    const struct bn_targets *t = bn_dump_targets(c->dump);
+    for (unsigned g = 0; c->has_aside && g < BN_USAGE_GPUS; g++) {
+        uint64_t need = 0, unused, total;
+        for (size_t i = 0; c->aside.gpu[g] && i < t->n; i++)
+            for (size_t p = 0; p < t->v[i].nparts; p++)
+                need += t->v[i].parts[p].dev == g ? BN_ROOM_CONTEXTS : 0;
+        if (need && (bn_gpu_mem_info(c->d->env.gpu, g, &unused, &total, NULL) < 0 || unused < need))
+            return false;
+    }
+    return true;
 }
 
 /* Runs after the reply, or in its place when the client has gone. */
@@ -223,13 +248,23 @@ static void dump_let_go(struct client *c)
     if (!c->dump)
         return;
     pid_t root = bn_dump_targets(c->dump)->v[0].pid;
-    bool first = !c->late || bn_dump_runs(c->dump);
+    struct bn_error late = BN_ERROR_INIT, after = BN_ERROR_INIT;
+    bool runs = !c->late || bn_dump_runs(c->dump);
+    bool first = !c->late || (runs && contexts_fit(c));
+    if (!c->late) /* a DUMP_END that made no sense has ended nothing */
+        bn_dump_abort(c->dump);
     if (first)
-        aftermath(c, root);
+        aftermath(c, root, &after);
     if (c->late)
-        commit_late(c, root);
-    if (!first)
-        aftermath(c, root);
+        commit_late(c, root, &late);
+    if (!first && runs)
+        aftermath(c, root, &after);
+    /* CRIU has heard already that all is well: who watches learns how it ended, and, if well, whether the processes are back. */
+    if (c->late)
+        session_end(c, bn_error_is_set(&late) ? &late : bn_error_is_set(&after) ? &after : NULL);
+    if (!runs)
+        aftermath(c, root, &after);
+    aside_is_free(c);
     bn_dump_free(c->dump);
     c->dump = NULL;
     c->late = false;
@@ -394,10 +429,9 @@ static int on_watch(struct client *c, struct request *rq, struct bn_writer *repl
     struct bn_progress progress;
     struct bn_error outcome = BN_ERROR_INIT;
     while (report && !bn_report_wait(report, TICK_MS, &progress, &outcome)) {
-        if (!hung_up(c->fd))
-            send_progress(c, &progress);
-        else if (!bn_await_cancel(c->d, &awaited))
+        if (hung_up(c->fd) && !bn_await_cancel(c->d, &awaited))
             break;
+        send_progress(c, &progress); /* who was interrupted still listens */
     }
     struct bn_phases phases = {0};
     if (report) {
@@ -484,10 +518,10 @@ static int on_dump_begin(struct client *c, struct request *rq, struct bn_writer 
         return r;
     }
     struct bn_suspended *left;
-    c->late = flags & BN_CTL_F_LEAVE_RUNNING && bn_is_awaited(c->d, c->report, NULL);
+    c->may_be_late = flags & BN_CTL_F_LEAVE_RUNNING && bn_is_awaited(c->d, c->report, NULL);
     struct bn_dump_options how = {.flags = (flags & BN_CTL_F_DRIVER_PATH ? BN_FIND_DRIVER_PATH : 0) |
                                            (flags & BN_CTL_F_SYNC ? BN_DUMP_SYNC : 0) |
-                                           (c->late ? BN_DUMP_ASIDE : 0) |
+                                           (c->may_be_late ? BN_DUMP_ASIDE : 0) |
                                            flags >> BN_CTL_F_LEVEL_SHIFT << BN_DUMP_LEVEL_SHIFT,
                                   .dirfd = rq->fd,
                                   .cancel = &c->gone,
@@ -499,7 +533,7 @@ static int on_dump_begin(struct client *c, struct request *rq, struct bn_writer 
         session_close(c, r < 0 ? err : NULL);
     c->has_aside = c->dump && bn_dump_set_aside(c->dump, &c->aside);
     if (c->has_aside)
-        bn_room_aside(c->d, &c->aside, true);
+        bn_room_aside(c->d, c->report, &c->aside, &c->gone);
     bn_write_u32(reply, c->dump ? (uint32_t)bn_dump_targets(c->dump)->n : 0);
     if (c->dump)
         bn_report_criu(c->report, true);
@@ -540,17 +574,19 @@ static int on_dump_end(struct client *c, struct request *rq, struct bn_writer *r
     bn_report_criu(c->report, false);
     int r = 0;
     /* He may have gone meanwhile: then nobody but CRIU can be told. */
-    c->late = c->late && result == 0 && bn_is_awaited(c->d, c->report, &c->gone);
+    bool late = c->may_be_late && result == 0 && bn_is_awaited(c->d, c->report, &c->gone);
     if (result == 0) {
         struct pump pump;
         pump_start(&pump, c, c->report, false);
-        r = (c->late ? bn_dump_release : bn_dump_commit)(c->dump, &c->gone, err);
+        r = (late ? bn_dump_release : bn_dump_commit)(c->dump, &c->gone, err);
         pump_stop(&pump);
     } else {
         bn_dump_abort(c->dump);
     }
     write_phases(c, reply);
-    c->late = c->late && r == 0;
+    if (r < 0)
+        say_needed(c, err);
+    c->late = late && r == 0;
     if (c->late)
         return 0;
     aside_is_free(c);

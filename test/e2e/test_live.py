@@ -487,6 +487,32 @@ class Aside(Live):
         self.assertEqual(dump.wait(harness.PATIENCE), 128 + signal.SIGINT)
         program.go_on()
 
+    def test_an_allocation_waits_no_longer_than_it_can(self):
+        """Before the other program would hear that there is no memory the dump ends, and says why."""
+        room = {"BENNU_SIM_MEMORY": "3G"}
+        self.env.update(room)
+        self.start_daemon()
+        program = self.cut(hot=400, cold=4)
+        dump = self.late(program)
+        other = self.wants(2080, room)
+        self.assertEqual(dump.wait(harness.PATIENCE), 1)
+        self.assertIn("another program needed the GPU memory", text_of(self.path("message")))
+        self.assertEqual(text_of(self.path("message")).count("\n"), 1)
+        self.no_checkpoint(self.path("ck"))
+        other.go_on()
+        program.go_on()
+
+    def test_the_program_is_not_brought_back(self):
+        """The checkpoint is good, and stays, but nobody is told that all is well."""
+        program = self.cut(**self.many)
+        with self.written_later(program, BENNU_SIM_FAIL="cuCheckpointProcessRestore:1+=2"):
+            pass
+        self.assertEqual(self.code, 1)
+        message = text_of(self.path("message"))
+        self.assertEqual(message.count("\n"), 1)
+        self.assertIn("is complete, but the process was not brought back", message)
+        self.assertIs(self.ok_json("inspect", "--verify", self.path("ck"))["verified"], True)
+
     def test_the_command_is_killed(self):
         """Nobody would hear how it ends: it is undone."""
         self.start_daemon()
