@@ -119,8 +119,10 @@ class Suspend(Case):
                     with open(rules, "w", encoding="utf-8") as f:
                         f.write(f"{call}:1+=2")
                     name = f"{call}-{agent}"
-                    self.dump(program, "--leave-running", name=name)
-                    wait_for(lambda: self.state(program.pid)["state"] == "suspended", "bennud keeps what it could not bring back")
+                    self.refused(1, "dump", program.pid, self.path(name), "--leave-running",
+                                 says=("is complete", "not brought back", f"bennu resume {program.pid}"))
+                    self.ok("inspect", self.path(name))
+                    self.assertEqual(self.state(program.pid)["state"], "suspended")
                     self.refused(1, "resume", program.pid)
                     self.refused(1, "dump", program.pid, self.path("ck"), says=f"bennu resume {program.pid}")
                     os.unlink(rules)
