@@ -50,6 +50,8 @@ extern BNP_WEAK int unsuspend_lsm(void);
 extern BNP_WEAK void network_unlock(void);
 extern BNP_WEAK void delete_link_remaps(void);
 extern BNP_WEAK void clean_cr_time_mounts(void);
+/* `controller`: "" for cgroups of version 2. Copies both. What CRIU does with a request's cg_root (cr-service.c). */
+extern BNP_WEAK int new_cg_root_add(char *controller, char *newroot);
 struct pstree_item;
 extern BNP_WEAK struct pstree_item *root_item;
 extern BNP_WEAK void pstree_switch_state(struct pstree_item *root, int state);

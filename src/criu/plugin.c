@@ -30,9 +30,10 @@ static int on_init(int stage)
     stage_now = stage;
     bnp_dump_reset();
     bnp_cancel_init();
-    if (stage == BNP_STAGE_RESTORE)
-        return bnp_restore_init();
-    return 0;
+    if (stage != BNP_STAGE_RESTORE)
+        return 0;
+    bnp_restore_cgroup();
+    return bnp_restore_init();
 }
 
 static void on_exit(int stage, int ret)

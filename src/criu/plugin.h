@@ -53,6 +53,10 @@ int bnp_restore_init(void);
 int bnp_restore_resume(int pid);
 void bnp_restore_exit(int ret);
 
+/* --- cgroup.c --- */
+/* In init() of a restore: an image of ours that runc restores gets the cgroup that runc wants for it. */
+void bnp_restore_cgroup(void);
+
 /* --- dump.c --- */
 void bnp_dump_reset(void);
 bool bnp_dump_active(void);
