@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import unittest
@@ -311,6 +312,24 @@ class Ways(Case):
                 c.checkpoint()
                 c.restore()
 
+    def test_cdi_device(self):
+        """As engines that know no hooks are given the agent: here Podman's is told to stay out."""
+        c = self.container(tcp=False).run("--device", "bennu.dev/agent=all", "--annotation", "dev.bennu.agent=off")
+        self.assertIn("LD_PRELOAD=/.bennu/libbennu.so", text_of(f"/proc/{c.pid}/environ").split("\0"))
+        self.assertTrue(agents_in(c.pid))
+        c.checkpoint()
+        c.restore()
+        c.checkpoint("--export", self.path("c.tar"), "--compress", "none")
+        c.remove()
+        c.import_as("two", self.path("c.tar"))
+
+    def test_cdi_device_beside_the_hook(self):
+        c = self.container(tcp=False).run("--device", "bennu.dev/agent=all")
+        self.assertEqual(len(agents_in(c.pid)), 1)
+        self.assertNotIn("/.bennu/driver", text_of(f"/proc/{c.pid}/mountinfo"))
+        c.checkpoint()
+        c.restore()
+
     def test_exec_finds_the_agent(self):
         c = self.container().run()
         c.podman("exec", "--detach", c.name, "/bin/env", "-i", "CR_KERNELS=/kernels.ptx", "/memcheck", "--max=4321")
@@ -384,6 +403,74 @@ class Ways(Case):
     def test_namespaces_of_the_host(self):
         c = self.container().run("--pid=host", "--ipc=host")
         self.assertTrue(agents_in(c.pid))
+
+
+class Neighbours(Case):
+    """What else may be on the machine: MPS, and CRIU's own plugin, which is played by test/criu/other_plugin.c."""
+    STOCK = "/usr/lib/criu/cuda_plugin.so"
+    CONFIG = "/etc/criu/default.conf"
+
+    def test_mps(self):
+        """A client is refused with the reason and goes on, others work; and its memory can be freed."""
+        client = self.container("client", tcp=False).run("--env", "BENNU_SIM_MPS=1")
+        other = self.container("other", tcp=False).run()
+        for _ in range(2):
+            self.assertNotEqual(client.podman_says("container", "checkpoint", client.name).returncode, 0)
+            self.assertRegex(text_of(f"{client.bundle}/dump.log"), r"Error \(bennu\): .*MPS")
+            client.go_on()
+        other.checkpoint()
+        client.go_on()
+        other.restore()
+        call(BENNU, "suspend", "--keep-context", client.name)
+        rested = json.loads(call(BENNU, "ps", "--json"))
+        self.assertEqual([p["state"] for p in rested["processes"] if p["pid"] == client.pid], ["suspended"])
+        other.go_on()
+        call(BENNU, "resume", client.name)
+        client.go_on()
+
+    def stock_plugin(self):
+        def away():
+            os.unlink(self.STOCK)
+            if os.path.exists(self.CONFIG):
+                os.unlink(self.CONFIG)
+            call(BENNU, "install")
+        shutil.copy(f"{harness.BUILD}/test/criu/other_plugin.so", self.STOCK)
+        self.addCleanup(away)
+
+    def check(self):
+        """What `bennu check` says of plugins, whatever else it finds."""
+        said = subprocess.run([BENNU, "check"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, timeout=120, check=False)
+        return next(line for line in said.stdout.splitlines() if "system plugins" in line)
+
+    @staticmethod
+    def asked(c):
+        """The plugins that the checkpoint names."""
+        with open(f"{c.checkpoint_dir}/inventory.img", "rb") as f:
+            inventory = f.read()
+        return [name for name in (b"bennu", b"cuda_plugin") if name in inventory]
+
+    def test_stock_plugin(self):
+        self.stock_plugin()
+        self.assertRegex(self.check(), "fail.*holds both plugins")
+        self.assertIn("does not act", call(BENNU, "install"))
+        self.assertRegex(self.check(), r"ok.*use Bennu's, too; CRIU's own cuda_plugin.so in /usr/lib/criu does not act")
+        c, plain = self.container(tcp=False).run(), self.container("plain", kinds=["talk"], tcp=False).run(device=None, command=["/talk", "--unix"])
+        for each, plugins in ((c, [b"bennu"]), (plain, [])):
+            each.checkpoint("--keep")
+            self.assertEqual(self.asked(each), plugins)
+            each.restore()
+
+    def test_stock_plugin_preferred(self):
+        """The administrator says which folder."""
+        self.stock_plugin()
+        with open(self.CONFIG, "w", encoding="utf-8") as f:
+            f.write("libdir /usr/lib/criu\n")
+        self.assertIn("acts for podman and criu", call(BENNU, "install"))
+        self.assertRegex(self.check(), "warn.*podman and plain criu use that one")
+        plain = self.container(kinds=["talk"], tcp=False).run(device=None, command=["/talk", "--unix"])
+        plain.checkpoint("--leave-running", "--keep")
+        self.assertEqual(self.asked(plain), [b"cuda_plugin"])
+        plain.go_on()
 
 
 class WithoutDaemon(Case):
