@@ -199,12 +199,13 @@ int bnp_call_fds(int sock, unsigned type, const unsigned *args, int nargs, const
     if (r < 0)
         return bn_error_set(err, r, "daemon", "cannot send to bennud: %s", strerror(-r));
     if (may_stop && bnp_cancelled_before_answer(sock)) {
-        shutdown(sock, SHUT_RDWR); /* cancels it in the daemon */
-        return bn_error_set(err, ECANCELED, "cancel", "bennu was told to stop");
-    }
-    r = bn_ctl_answer(sock, (uint16_t)type, NULL, NULL, buf, &reply, err);
-    if (r < 0)
+        /* Cancels it in the daemon. Unless its answer is here already: then it counts, since the daemon goes by having sent it. */
+        shutdown(sock, SHUT_RDWR);
+        if (bn_ctl_answer(sock, (uint16_t)type, NULL, NULL, buf, &reply, NULL) < 0)
+            return bn_error_set(err, ECANCELED, "cancel", "bennu was told to stop");
+    } else if ((r = bn_ctl_answer(sock, (uint16_t)type, NULL, NULL, buf, &reply, err)) < 0) {
         return r;
+    }
     if (!out)
         return 0;
     uint32_t value = bn_read_u32(&reply);

@@ -728,6 +728,8 @@ static bool answer(struct client *c, void *buf)
     pthread_mutex_unlock(&c->send_lock);
     if (head.type == BN_CTL_DUMP_END) {
         bn_kill_point(&c->d->env, "reply", "end");
+        if (r < 0) /* CRIU has not heard that all is well, and fails: nothing is finished for it */
+            __atomic_store_n(&c->gone, true, __ATOMIC_RELEASE);
         dump_let_go(c);
     }
     return r == 0;

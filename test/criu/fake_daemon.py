@@ -80,6 +80,8 @@ class Daemon:
                                 text.encode()) + reply_body)
         except OSError:
             return False
+        if "after" in order:
+            order["after"](entry)
         return True
 
 

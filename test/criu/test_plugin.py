@@ -808,6 +808,24 @@ class Cancelled(PluginTest):
         self.assertEqual(self.dump(), 0)
         self.assert_dead()
 
+    def test_the_answer_is_here(self):
+        """The daemon goes by having sent it: it is too late for the order."""
+        self.start_tree()
+        self.start_daemon()
+        criu = []
+
+        def hold(_):
+            criu.append(state_of(self.tree.pid)[1])
+            os.kill(criu[0], signal.SIGSTOP)
+            wait_until(lambda: state_of(criu[0])[0] == "T", "CRIU is stopped")
+
+        def order(_):
+            os.write(self.pipe, b"x")
+            os.kill(criu[0], signal.SIGCONT)
+        self.daemon.plan["DUMP_END"] = {"call": hold, "after": order}
+        self.assertEqual(self.dump(), 0, self.log()[-1000:])
+        self.assert_dead()
+
     def test_dump_without_gpu(self):
         self.start_tree(mark="none")
         os.write(self.pipe, b"x")

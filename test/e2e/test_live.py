@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 
@@ -305,15 +306,16 @@ class Aside(Live):
         return os.path.exists(self.path("ck", name))
 
     @contextlib.contextmanager
-    def written_later(self, program, *args, at="commit:begin", **env):
-        """A dump, and the daemon stopped before it waits for the rest of it: nothing can be written, and the program runs."""
+    def written_later(self, program, *args, at="commit:begin", manifest=False, **env):
+        """A dump, and the daemon stopped before it waits for the rest of it: nothing can be written, and the program runs. Or it is
+        stopped elsewhere, maybe when the manifest is there."""
         self.start_daemon(BENNUD_TEST_KILL=f"@{at}", **env)
         worker, = harness.children_of(self.daemon.pid)
         dump = self.start_dump(program, *args)
         harness.wait_for(lambda: harness.state_of(worker) == "T", "the daemon waits for the rest", lambda: self.ended(dump))
         try:
             self.assertTrue(self.has("inventory.img"))
-            self.assertFalse(self.has(harness.MANIFEST))
+            self.assertEqual(self.has(harness.MANIFEST), manifest)
             self.assertIsNone(dump.poll())
             yield dump, worker
         finally:
@@ -432,6 +434,81 @@ class Aside(Live):
         self.no_checkpoint(self.path("ck"))
         program.go_on()
 
+    # Two processes, each with more than what is not worth it, on a GPU that has room for all of that, but not for two contexts beside it.
+    tight = {"BENNU_SIM_MEMORY": "1600M"}
+
+    def two_on_a_tight_gpu(self):
+        self.env.update(self.tight)
+        return self.start(harness.MEMCHECK, "--allocs=16", "--min=4M", "--max=5M", "--children=1", roles=range(2))
+
+    def test_no_room_for_the_contexts(self):
+        """Then they come back when what was set aside is free again: after the rest is written."""
+        program = self.two_on_a_tight_gpu()
+        program.pids += harness.children_of(program.pid)
+        with self.written_later(program, at="driver-restore:begin", manifest=True):
+            pass
+        answer = self.answer()
+        self.assertGreater(self.bytes_of(answer, "set-aside"), 2 * 64 * MIB)
+        program.go_on()
+        self.assertEqual(self.stop_daemon(), 0)
+        self.start_daemon()
+        self.restores(program)
+
+    def test_no_room_for_the_contexts_and_no_checkpoint(self):
+        """However it ends, they come back."""
+        program = self.two_on_a_tight_gpu()
+        with self.written_later(program, "--compress=19") as (dump, _):
+            dump.send_signal(signal.SIGINT)
+        self.assertEqual(self.code, 128 + signal.SIGINT, text_of(self.path("message")))
+        self.assertFalse(os.path.exists(self.path("ck")))
+        program.go_on()
+        self.assertEqual(self.stop_daemon(), 0)
+        with self.written_later(program, BENNU_SIM_HASH="later"):
+            pass
+        self.assertEqual(self.code, 1)
+        self.assertIn("arrived with other bytes than were hashed", text_of(self.path("message")))
+        self.no_checkpoint(self.path("ck"))
+        program.go_on()
+
+    def plain_dump(self, program):
+        """By CRIU alone, as a container runtime does it. Returns the process."""
+        os.mkdir(self.path("ck"))
+        command = [CRIU, "dump", "-t", str(program.pid), "-R", "-D", self.path("ck"), "-o", "dump.log", "-v4", "-L", harness.PLUGIN_DIR]
+        criu = subprocess.Popen(command, env={**self.env, "BENNU_LEAVE_RUNNING": "1"}, stdin=subprocess.DEVNULL,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(criu.wait, harness.PATIENCE)
+        self.addCleanup(lambda: criu.poll() is None and criu.kill())
+        return criu
+
+    def test_nobody_watches(self):
+        """CRIU alone is told how it ends, so it waits for all of it, and the program with it."""
+        program = self.cut(**self.many)
+        self.start_daemon(BENNUD_TEST_KILL="@commit:end")
+        worker, = harness.children_of(self.daemon.pid)
+        criu = self.plain_dump(program)
+        harness.wait_for(lambda: harness.state_of(worker) == "T", "the daemon has written it all",
+                         lambda: None if criu.poll() is None else text_of(self.path("ck", "dump.log"))[-2000:])
+        self.assertTrue(self.has(harness.MANIFEST))
+        self.assertEqual(harness.state_of(program.pid), "t")
+        os.kill(worker, signal.SIGCONT)
+        self.assertEqual(criu.wait(harness.PATIENCE), 0)
+        program.go_on()
+        seen = self.ok_json("inspect", "--verify", self.path("ck"))
+        self.assertNotIn("set-aside", [p["name"] for p in seen["phases"]])
+        self.restores(program)
+
+    def test_nobody_watches_and_it_fails(self):
+        program = self.cut(**self.many)
+        self.start_daemon(BENNU_SIM_HASH="later")
+        self.assertNotEqual(self.plain_dump(program).wait(harness.PATIENCE), 0)
+        self.nothing_whole()
+        program.go_on()
+        self.assertEqual(self.stop_daemon(), 0)
+        self.start_daemon()
+        self.dump(program, name="next")
+        self.restore(program, self.path("next"))
+        program.go_on()
+
     def nothing_whole(self):
         harness.wait_for(lambda: not self.has("inventory.img") and not any("pack" in n for n in os.listdir(self.path("ck"))),
                          "no checkpoint is left")
@@ -521,6 +598,68 @@ class Aside(Live):
         dump.kill()
         dump.wait(harness.PATIENCE)
         self.nothing_whole()
+        program.go_on()
+        self.dump(program, name="next")
+        self.restore(program, self.path("next"))
+        program.go_on()
+
+    def nothing_or_whole(self):
+        """The daemon has ended its work on the program, and what is there is a checkpoint, or nothing that looks like one."""
+        harness.wait_for(lambda: self.has(harness.MANIFEST) or not any("pack" in n for n in os.listdir(self.path("ck"))), "it has ended")
+        if not self.has(harness.MANIFEST):
+            self.nothing_whole()
+        else:
+            self.assertIs(self.ok_json("inspect", "--verify", self.path("ck"))["verified"], True)
+            self.assertTrue(self.has("inventory.img"))
+
+    def traced(self, phase):
+        """Bytes of the phase, as a trace has them."""
+        return sum(e.get("args", {}).get("bytes", 0) for e in json.loads(text_of(self.path("trace")))
+                   if e["name"] == phase and "process" not in e["args"])
+
+    # From where the daemon is about to say that the program may go on: to the moment before the manifest is written, and after it.
+    steps = ("reply:begin", "reply:end", "commit:begin", "commit:one", "commit:end")
+
+    def test_interrupted_at_each_step(self):
+        program = self.cut(**self.many)
+        for at in self.steps:
+            with self.subTest(at):
+                early = at not in ("commit:one", "commit:end")
+                with self.written_later(program, "--trace", self.path("trace"), *(["--compress=19"] if early else []), at=at,
+                                        manifest=at == "commit:end") as (dump, _):
+                    dump.send_signal(signal.SIGINT)
+                program.go_on()
+                if early:
+                    self.assertLess(self.traced("copy-out"), self.traced("set-aside"), "it went on")
+                if os.path.exists(self.path("ck")):  # it came too late
+                    self.assertFalse(early)
+                    self.assertEqual(self.code, 0)
+                    self.nothing_or_whole()
+                    shutil.rmtree(self.path("ck"))
+                else:
+                    self.assertNotEqual(at, "commit:end")
+                    self.assertEqual(self.code, 128 + signal.SIGINT)
+                    self.assertIn("interrupted", text_of(self.path("message")))
+                    self.assertEqual(text_of(self.path("message")).count("\n"), 1)
+                self.assertEqual(self.stop_daemon(), 0)
+        self.start_daemon()
+        self.dump(program)
+        self.restore(program)
+        program.go_on()
+
+    def test_the_command_is_killed_at_each_step(self):
+        program = self.cut(**self.many)
+        for at in self.steps:
+            with self.subTest(at):
+                with self.written_later(program, at=at, manifest=at == "commit:end") as (dump, _):
+                    dump.kill()
+                program.go_on()
+                self.nothing_or_whole()
+                shutil.rmtree(self.path("ck"))
+                self.assertEqual(self.stop_daemon(), 0)
+        self.start_daemon()
+        self.dump(program)
+        self.restore(program)
         program.go_on()
 
     def test_command_and_daemon_are_killed(self):
