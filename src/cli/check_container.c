@@ -19,7 +19,7 @@ static unsigned count_agents(void)
     return n;
 }
 
-static void judge_hook(const char *program, const char *agent)
+static void judge_hook(const char *program, const char *agent, bool chosen)
 {
     if (!program || access(program, X_OK) < 0)
         check_add(CHECK_FAIL, "container hook",
@@ -29,11 +29,11 @@ static void judge_hook(const char *program, const char *agent)
         check_add(CHECK_FAIL, "container hook", "run 'bennu install'",
                   "%s is missing: containers get no agent", agent ? agent : "the agent's name");
     else
-        check_add(
-            CHECK_OK, "container hook", "",
-            "Podman gives GPU containers %s (%u versions kept); one that was started without it is saved by "
-            "the driver alone, more slowly",
-            agent, count_agents());
+        check_add(CHECK_OK, "container hook", "",
+                  "Podman gives GPU containers%s %s (%u versions kept); one that was started without it is "
+                  "saved by "
+                  "the driver alone, more slowly",
+                  chosen ? " with the annotation dev.bennu.agent=on" : "", agent, count_agents());
 }
 
 void check_container(void)
@@ -56,6 +56,7 @@ void check_container(void)
         if (arg && strncmp(arg, option, sizeof(option) - 1) == 0)
             agent = arg + sizeof(option) - 1;
     }
-    judge_hook(json_string_value(json_object_get(hook, "path")), agent);
+    bool chosen = json_object_get(json_object_get(config, "when"), "annotations");
+    judge_hook(json_string_value(json_object_get(hook, "path")), agent, chosen);
     json_decref(config);
 }

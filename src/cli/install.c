@@ -11,9 +11,11 @@
 #include <sys/wait.h>
 
 static bool json, dry_run, no_start;
-static const char *root;
+static const char *root, *containers;
 
 static const struct cli_option options[] = {
+    {"containers", 'c', CLI_STRING, "WHICH", &containers,
+     "give the agent to all containers with a GPU, or to chosen ones"},
     {"root", 'r', CLI_STRING, "DIR", &root, "install into the system whose root folder is DIR"},
     {"dry-run", 'n', CLI_FLAG, NULL, &dry_run, "say what would be done and do nothing"},
     {"no-start", 'S', CLI_FLAG, NULL, &no_start, "do not tell systemd"},
@@ -145,23 +147,29 @@ static int put_agent(struct setup *s, char agent[PATH_MAX], struct bn_error *err
     return 0;
 }
 
-/* `text` with the agent's path in place of @AGENT@; caller frees. */
-static char *fill_in(const char *text, const char *agent)
+/* `text` with `value` in place of `mark`; caller frees. */
+static char *fill_in(const char *text, const char *mark, const char *value)
 {
-    static const char mark[] = "@AGENT@";
     char *out = NULL;
     size_t len;
     FILE *f = open_memstream(&out, &len);
     if (!f)
         return NULL;
-    for (const char *at; (at = strstr(text, mark)); text = at + sizeof(mark) - 1)
-        fprintf(f, "%.*s%s", (int)(at - text), text, agent);
+    for (const char *at; (at = strstr(text, mark)); text = at + strlen(mark))
+        fprintf(f, "%.*s%s", (int)(at - text), text, value);
     fputs(text, f);
     if (fclose(f) != 0) {
         free(out);
         return NULL;
     }
     return out;
+}
+
+/* When Podman runs the hook. */
+static const char *when(const struct setup *s)
+{
+    return s->chosen ? "{\"annotations\": {\"^dev\\\\.bennu\\\\.agent$\": \"^(on|preload)$\"}}"
+                     : "{\"always\": true}";
 }
 
 static int put_template(struct setup *s, const char *name, const char *agent, const char *path,
@@ -175,7 +183,8 @@ static int put_template(struct setup *s, const char *name, const char *agent, co
     int r = read_part(s, installed, in_build, &data, &len, err);
     if (r < 0)
         return r;
-    bn_auto_free char *text = fill_in(data, agent);
+    bn_auto_free char *part = fill_in(data, "@AGENT@", agent);
+    bn_auto_free char *text = part ? fill_in(part, "@WHEN@", when(s)) : NULL;
     if (!text)
         return bn_error_set(err, ENOMEM, "install", "no memory");
     setup_put(s, path, text, strlen(text), 0644, SETUP_TEXT);
@@ -216,9 +225,13 @@ static int install(int argc, char **argv)
     struct bn_error err = BN_ERROR_INIT;
     const char *build = cli_build_root();
     char agent[PATH_MAX], plugin[PATH_MAX];
+    if (containers && strcmp(containers, "all") != 0 && strcmp(containers, "chosen") != 0)
+        return cli_usage("--containers is 'all' or 'chosen'");
     int r = setup_open(&s, root, &err);
     if (r < 0)
         return cli_fail(CLI_FAILED, &err, json);
+    if (containers)
+        s.chosen = strcmp(containers, "chosen") == 0;
     if (build) {
         r = install_programs(&s, build, &err);
         if (r == 0)

@@ -98,6 +98,7 @@ int setup_open(struct setup *s, const char *root, struct bn_error *err)
     s->files = take(record, "files", true);
     s->programs = take(record, "programs", false);
     s->dirs = take(record, "dirs", false);
+    s->chosen = json_is_true(json_object_get(record, "chosen"));
     s->items = json_array();
     json_decref(record);
     return 0;
@@ -129,8 +130,8 @@ static int write_record(struct setup *s)
         return r;
     }
     int r = setup_make_parents(s, SETUP_RECORD);
-    json_t *record = json_pack("{s:i, s:O, s:O, s:O}", "version", 1, "files", s->files, "programs",
-                               s->programs, "dirs", s->dirs);
+    json_t *record = json_pack("{s:i, s:b, s:O, s:O, s:O}", "version", 1, "chosen", s->chosen, "files",
+                               s->files, "programs", s->programs, "dirs", s->dirs);
     bn_auto_free char *text = record ? json_dumps(record, JSON_INDENT(1) | JSON_SORT_KEYS) : NULL;
     json_decref(record);
     if (r == 0)

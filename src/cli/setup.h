@@ -17,6 +17,7 @@
 struct setup {
     const char *root; /* "" or a folder without a slash at its end: every path below is put behind it */
     bool dry_run, json, failed;
+    bool chosen;      /* of the record: only containers that ask for the agent get it */
     json_t *items;    /* what was done: {"action", "path", "note"} */
     json_t *files;    /* of the record: path to hash of what was written there */
     json_t *programs; /* … paths that meson installed for us */

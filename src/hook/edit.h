@@ -7,7 +7,8 @@
  * preload  the container gets GPUs, but its libcuda comes some other way (a folder that is mounted, NVIDIA's own hook, the image):
  *          the agent is mounted at BENNU_CONTAINER_AGENT and LD_PRELOAD names it.
  *
- * The annotation dev.bennu.agent says "off" or "preload" for one container. */
+ * The annotation dev.bennu.agent says "off" or "preload" for one container; "on" is as if there were none (it is what Podman looks
+ * for where only chosen containers are to have the agent). */
 #pragma once
 
 #include <stddef.h>

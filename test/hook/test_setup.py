@@ -111,6 +111,25 @@ class Setup(unittest.TestCase):
         self.bennu("uninstall", "--all-versions")
         self.assertEqual(self.tree(), before)
 
+    def test_chosen_containers(self):
+        def when():
+            return json.loads(self.read(HOOK))["when"]
+        self.bennu("install", "--containers=chosen")
+        (name, value), = when()["annotations"].items()
+        self.assertEqual(list(when()), ["annotations"])
+        self.assertTrue(re.search(name, "dev.bennu.agent"))
+        for other in ("dev.bennu.agents", "devxbennu.agent", "x.dev.bennu.agent"):
+            self.assertFalse(re.search(name, other))
+        self.assertEqual([v for v in ("on", "preload", "off", "upon", "") if re.search(value, v)], ["on", "preload"])
+        before = self.tree()
+        self.bennu("install")  # as an upgrade does it: what was said once holds
+        self.assertEqual(self.tree(), before)
+        self.assertEqual(self.bennu("install", "--containers=all")[HOOK][0], "updated")
+        self.assertEqual(when(), {"always": True})
+        done = subprocess.run([BENNU, "install", "--root=" + self.root, "--containers=some"], capture_output=True, text=True, check=False)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("'chosen'", done.stderr)
+
     def test_agents_are_kept(self):
         self.bennu("install")
         agent = self.agent()
@@ -343,6 +362,9 @@ class Machine(unittest.TestCase):
             check
             $BENNU install
             check
+            $BENNU install --containers=chosen
+            check
+            $BENNU install --containers=all
             rm /usr/lib/criu/cuda_plugin.so
             $BENNU install
             check
@@ -353,13 +375,15 @@ class Machine(unittest.TestCase):
             $BENNU uninstall
         """)
         hook = [line for line in said.splitlines() if "container hook" in line]
-        given = r"^\[ok\].*/libbennu.so \(1 versions"
-        for line, want in zip(hook, (r"^\[ok\].*none", r"^\[ok\].*none", given, given, r"^\[fail\].*missing", r"^\[fail\].*cannot be run"),
+        given = r"^\[ok\].* GPU containers /\S*/libbennu.so \(1 versions"
+        chosen = r"^\[ok\].* GPU containers with the annotation dev.bennu.agent=on /\S*/libbennu.so \(1 versions"
+        for line, want in zip(hook, (r"^\[ok\].*none", r"^\[ok\].*none", given, chosen, given, r"^\[fail\].*missing", r"^\[fail\].*cannot be run"),
                               strict=True):
             self.assertRegex(line, want)
         plugins = [line for line in said.splitlines() if "system plugins" in line]
-        for line, want in zip(plugins, ("none: podman", "use that one, bennu's own commands do not", "use Bennu's, too; CRIU's own .* does not act",
-                                        "use Bennu's, too$"), strict=False):
+        ours = "use Bennu's, too; CRIU's own .* does not act"
+        for line, want in zip(plugins, ("none: podman", "use that one, bennu's own commands do not", ours, ours, "use Bennu's, too$"),
+                              strict=False):
             self.assertRegex(line, want)
 
 

@@ -323,6 +323,19 @@ class Ways(Case):
         c.remove()
         c.import_as("two", self.path("c.tar"))
 
+    def test_chosen_containers(self):
+        """By the annotation, or by the CDI device."""
+        call(BENNU, "install", "--containers=chosen")
+        self.addCleanup(call, BENNU, "install", "--containers=all")
+        without = self.container("without", tcp=False).run()
+        by_hook = self.container("annotation", tcp=False).run("--annotation", "dev.bennu.agent=on")
+        by_cdi = self.container("device", tcp=False).run("--device", "bennu.dev/agent=all")
+        self.assertEqual([len(agents_in(c.pid)) for c in (without, by_hook, by_cdi)], [0, 1, 1])
+        for c in (without, by_hook, by_cdi):
+            c.checkpoint()
+        for c in (without, by_hook, by_cdi):
+            c.restore()
+
     def test_cdi_device_beside_the_hook(self):
         c = self.container(tcp=False).run("--device", "bennu.dev/agent=all")
         self.assertEqual(len(agents_in(c.pid)), 1)
