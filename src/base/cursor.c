@@ -40,6 +40,19 @@ uint64_t bn_read_u64(struct bn_reader *r)
     return read_le(r, 8);
 }
 
+uint64_t bn_read_varint(struct bn_reader *r)
+{
+    uint64_t v = 0;
+    for (unsigned shift = 0; shift < 64; shift += 7) {
+        uint8_t byte = bn_read_u8(r);
+        v |= (uint64_t)(byte & 0x7f) << shift;
+        if (!(byte & 0x80))
+            return v;
+    }
+    r->failed = true;
+    return 0;
+}
+
 void bn_read_string(struct bn_reader *r, char *out, size_t cap)
 {
     out[0] = 0;

@@ -30,6 +30,8 @@ uint8_t bn_read_u8(struct bn_reader *r);
 uint16_t bn_read_u16(struct bn_reader *r);
 uint32_t bn_read_u32(struct bn_reader *r);
 uint64_t bn_read_u64(struct bn_reader *r);
+/* Variable length, as protobuf has it; failed when it does not end within 10 bytes. */
+uint64_t bn_read_varint(struct bn_reader *r);
 /* `len` bytes; NULL and failed when fewer are left. Points into the reader's buffer. */
 const void *bn_read_bytes(struct bn_reader *r, size_t len);
 /* u16 length + bytes, copied with a closing NUL; failed when longer than cap - 1 or when it holds a NUL. */

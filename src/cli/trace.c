@@ -74,19 +74,6 @@ void cli_trace_event(const struct bn_ctl_head *head, struct bn_reader *body)
 
 #define STATS_MAX 65536u
 
-/* Variable-length integer of protobuf; false at the end, or when it makes no sense. */
-static bool varint(const uint8_t **at, const uint8_t *end, uint64_t *out)
-{
-    *out = 0;
-    for (unsigned shift = 0; shift < 64 && *at < end; shift += 7) {
-        uint8_t byte = *(*at)++;
-        *out |= (uint64_t)(byte & 0x7f) << shift;
-        if (!(byte & 0x80))
-            return true;
-    }
-    return false;
-}
-
 static const struct stats_field {
     uint32_t kind, field; /* 1: of a dump, 2: of a restore */
     const char *name;
@@ -95,13 +82,16 @@ static const struct stats_field {
     {1, 7, "pages_written"}, {2, 3, "forking_us"}, {2, 4, "restore_us"}, {2, 5, "pages_restored"},
 };
 
-static void read_fields(uint32_t kind, const uint8_t *at, const uint8_t *end, json_t *out)
+static void read_fields(uint32_t kind, struct bn_reader *r, json_t *out)
 {
-    uint64_t key, value;
-    while (varint(&at, end, &key) && (key & 7) == 0 && varint(&at, end, &value))
+    while (bn_reader_left(r) > 0) {
+        uint64_t key = bn_read_varint(r), value = bn_read_varint(r);
+        if (r->failed || (key & 7) != 0)
+            return;
         for (size_t i = 0; i < BN_ARRAY_SIZE(stats_fields); i++)
             if (stats_fields[i].kind == kind && stats_fields[i].field == key >> 3)
                 json_object_set_new(out, stats_fields[i].name, json_integer((json_int_t)value));
+    }
 }
 
 /* Two magic numbers, the size, and a message that holds one of two: criu's images/stats.proto. */
@@ -109,17 +99,19 @@ static json_t *read_stats(int dir, const char *file)
 {
     bn_auto_free void *bytes = NULL;
     size_t len = 0;
-    uint32_t size;
     json_t *out = json_object();
-    if (bn_read_file_at(dir, file, STATS_MAX, &bytes, &len) < 0 || len < 12)
+    if (bn_read_file_at(dir, file, STATS_MAX, &bytes, &len) < 0)
         return out;
-    memcpy(&size, (uint8_t *)bytes + 8, sizeof(size));
-    const uint8_t *at = (const uint8_t *)bytes + 12, *end = at + (size < len - 12 ? size : len - 12);
-    uint64_t key, inner;
-    while (varint(&at, end, &key) && (key & 7) == 2 && varint(&at, end, &inner) &&
-           inner <= (size_t)(end - at)) {
-        read_fields((uint32_t)(key >> 3), at, at + inner, out);
-        at += inner;
+    struct bn_reader r = bn_reader_init(bytes, len);
+    bn_read_u64(&r);
+    bn_read_u32(&r);
+    while (bn_reader_left(&r) > 0) {
+        uint64_t key = bn_read_varint(&r), inner = bn_read_varint(&r);
+        const void *at = (key & 7) == 2 ? bn_read_bytes(&r, inner) : NULL;
+        if (!at)
+            break;
+        struct bn_reader fields = bn_reader_init(at, inner);
+        read_fields((uint32_t)(key >> 3), &fields, out);
     }
     return out;
 }
