@@ -19,6 +19,9 @@ struct collection {
     bn_collect_fn skipped;
     void *arg;
     struct bn_collected out;
+    bool *given_up; /* entries of the catalog: something failed there, so nothing more is tried */
+    uint32_t failures;
+    struct bn_error failure; /* the first one */
 };
 
 /* A pack of an image; those of one file stand together once they are sorted. */
@@ -44,6 +47,20 @@ static void skip(struct collection *c, const char *name, const char *reason)
     c->out.skipped++;
     if (c->skipped)
         c->skipped(c->arg, &why);
+}
+
+static size_t number_of(const struct collection *c, const struct bn_entry *e)
+{
+    return (size_t)(e - c->catalog.entries);
+}
+
+/* The others are not to suffer for it. */
+static void give_up(struct collection *c, const struct bn_entry *e, const struct bn_error *why)
+{
+    if (c->failures == 0)
+        bn_error_set(&c->failure, why->code, "store", "%s: left alone: %s", e->name, why->text);
+    c->given_up[number_of(c, e)] = true;
+    c->failures++;
 }
 
 /* ---- what a crash left ---- */
@@ -305,9 +322,11 @@ static int move_image(const struct use *u, int fd, uint32_t to, bool there, uint
     return switch_manifest(u, to, bytes, pieces, n, err);
 }
 
+/* *failed: the use whose image is to blame. */
 static int rewrite(const struct use *u, size_t n, const struct piece *pieces, size_t n_pieces, uint64_t bytes,
-                   struct bn_error *err)
+                   size_t *failed, struct bn_error *err)
 {
+    *failed = 0;
     uint32_t number = free_number(u->entry);
     bn_auto_fd fd = -1;
     int r = 0;
@@ -327,9 +346,31 @@ static int rewrite(const struct use *u, size_t n, const struct piece *pieces, si
         is_unchanged(u->entry))
         bn_pack_file_unlink(u->entry->fd, number);
     moved -= r < 0 && moved > 0;
+    *failed = moved;
     for (size_t i = 0; i < moved; i++) /* the old ones, last of all */
         bn_pack_file_unlink(u[i].entry->fd, u[i].pack);
     return r;
+}
+
+/* Held, and as they were read, and right. Otherwise what is wrong was said. */
+static bool may_rewrite(struct collection *c, const struct use *u, size_t n, int *locks, size_t *held)
+{
+    for (*held = 0; *held < n; ++*held) {
+        locks[*held] = bn_image_lock(u[*held].entry->fd, true, NULL);
+        if (locks[*held] < 0) {
+            skip(c, u[*held].entry->name, "shares a pack of which little is used, but is in use");
+            return false;
+        }
+    }
+    for (size_t i = 0; i < n; i++) {
+        struct bn_error why = BN_ERROR_INIT;
+        if ((is_unchanged(u[i].entry) ? check_chunks(&u[i], &why)
+                                      : bn_error_set(&why, EAGAIN, "store", "it changed meanwhile")) < 0) {
+            skip(c, u[i].entry->name, why.text);
+            return false;
+        }
+    }
+    return true;
 }
 
 /* `n` uses of one file. */
@@ -346,40 +387,33 @@ static int consider(struct collection *c, const struct use *u, size_t n, struct 
         skip(c, u->entry->name, "shares a pack of which little is used with one elsewhere, or damaged");
         return 0;
     }
+    for (size_t i = 0; i < n; i++)
+        if (c->given_up[number_of(c, u[i].entry)])
+            return 0;
     bn_auto_free int *locks = malloc(n * sizeof(*locks));
     if (!locks)
         return bn_error_set(err, ENOMEM, "store", "out of memory");
-    size_t held = 0;
+    size_t held, failed;
     struct bn_error why = BN_ERROR_INIT;
-    int r = 0;
-    for (; r == 0 && held < n; held++) {
-        locks[held] = bn_image_lock(u[held].entry->fd, true, NULL);
-        r = locks[held] < 0 ? locks[held] : 0;
-    }
-    if (r < 0)
-        skip(c, u[held - 1].entry->name, "shares a pack of which little is used, but is in use");
-    for (size_t i = 0; r == 0 && i < n; i++) {
-        r = is_unchanged(u[i].entry) ? check_chunks(&u[i], &why)
-                                     : bn_error_set(&why, EAGAIN, "store", "it changed meanwhile");
-        if (r < 0)
-            skip(c, u[i].entry->name, why.text);
-    }
-    int failed = 0;
-    if (r == 0) {
-        failed = rewrite(u, n, pieces, n_pieces, bytes, err);
-        c->out.rewritten += failed == 0;
-        c->out.bytes += failed == 0 ? u->length - bytes : 0;
+    if (may_rewrite(c, u, n, locks, &held)) {
+        if (rewrite(u, n, pieces, n_pieces, bytes, &failed, &why) < 0) {
+            give_up(c, u[failed].entry, &why);
+        } else {
+            c->out.rewritten++;
+            c->out.bytes += u->length - bytes;
+        }
     }
     for (size_t i = 0; i < held; i++)
         bn_close(locks[i]);
-    return failed;
+    return 0;
 }
 
 static int compact(struct collection *c, struct bn_error *err)
 {
     bn_auto_free struct use *uses = NULL;
     size_t n, next;
-    if (list_uses(c, &uses, &n) < 0)
+    c->given_up = calloc(c->catalog.n ? c->catalog.n : 1, sizeof(*c->given_up));
+    if (!c->given_up || list_uses(c, &uses, &n) < 0)
         return bn_error_set(err, ENOMEM, "store", "out of memory");
     int r = 0;
     for (size_t i = 0; r == 0 && i < n; i = next) {
@@ -387,7 +421,12 @@ static int compact(struct collection *c, struct bn_error *err)
             ;
         r = consider(c, &uses[i], next - i, err);
     }
-    return r;
+    if (r < 0 || c->failures == 0)
+        return r;
+    char more[40] = "";
+    if (c->failures > 1)
+        snprintf(more, sizeof(more), " (and %u more checkpoints)", c->failures - 1);
+    return bn_error_set(err, c->failure.code, c->failure.stage, "%s%s", c->failure.text, more);
 }
 
 int bn_collect(int dirfd, bn_collect_fn skipped, void *arg, struct bn_collected *out, struct bn_error *err)
@@ -407,6 +446,7 @@ int bn_collect(int dirfd, bn_collect_fn skipped, void *arg, struct bn_collected 
             remove_leftovers(&c, e);
     }
     r = compact(&c, err);
+    free(c.given_up);
     bn_catalog_free(&c.catalog);
     *out = c.out;
     return r;

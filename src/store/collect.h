@@ -21,5 +21,7 @@ struct bn_collected {
 typedef void (*bn_collect_fn)(void *arg, const struct bn_error *why);
 
 /* Remove what a crash left, and rewrite packs of which less than half is used by any checkpoint in the store. -EBUSY: another
- * collection is under way; others as open(2), and -ENOSPC while rewriting. */
+ * collection is under way; others as open(2). A checkpoint whose packs cannot be rewritten (-ENOSPC, -EIO) stays whole and keeps
+ * nobody else from being collected: the first such is the error that is returned, when all is done. *out is set unless the
+ * store could not be read. */
 int bn_collect(int dirfd, bn_collect_fn skipped, void *arg, struct bn_collected *out, struct bn_error *err);

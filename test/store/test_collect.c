@@ -124,20 +124,25 @@ static struct bn_manifest *link_all(const struct folder *f, const struct folder 
     return m;
 }
 
-static void make_store(const struct folder *f)
+static void make_family(const struct folder *f, const char *one, const char *two)
 {
-    struct folder first = below(f, "first"), second = below(f, "second"), third = below(f, "third"),
-                  torn = below(f, "torn");
+    struct folder first = below(f, "first"), second = below(f, one), third = below(f, two);
     struct bn_pack_options small = {.pack_bytes = 1}; /* of 8 chunks */
     bn_auto_manifest struct bn_manifest *m = image(&first, all, 10, NULL, small, NULL);
     bn_auto_manifest struct bn_manifest *a = link_all(&second, &first, m, little, 6);
     bn_auto_manifest struct bn_manifest *b = link_all(&third, &first, m, other, 4);
     close(openat(second.fd, "inventory.img", O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
-    close(openat(torn.fd, "bennu-pack-0.img", O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
-    close(openat(torn.fd, "core-1.img", O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
     remove_folder(&first);
     bn_close(second.fd);
     bn_close(third.fd);
+}
+
+static void make_store(const struct folder *f)
+{
+    make_family(f, "second", "third");
+    struct folder torn = below(f, "torn");
+    close(openat(torn.fd, "bennu-pack-0.img", O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
+    close(openat(torn.fd, "core-1.img", O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
     bn_close(torn.fd);
 }
 
@@ -262,6 +267,39 @@ static void test_unsafe_manifest(void **state)
         bn_pack_reader_open(folder.fd, before, &reader, &err);
         no_error(&err);
         bn_pack_reader_free(reader);
+        collect(&store);
+        check_store(&store);
+        bn_close(folder.fd);
+        remove_folder(&store);
+    }
+}
+
+/* The store is collected all the same: which of the two families comes first does not matter. */
+static void test_one_cannot_be_written(void **state)
+{
+    struct folder *f = *state;
+    static const char *const names[] = {"second", "fourth", "third", "fifth"};
+    for (size_t i = 0; i < 4; i++) {
+        struct folder store = below(f, names[i]);
+        make_store(&store);
+        make_family(&store, "fourth", "fifth");
+        struct folder folder = reopen(&store, names[i]);
+        struct bn_error err = BN_ERROR_INIT;
+        struct bn_collected c;
+        struct stat st;
+        char says[64];
+        assert_int_equal(fstat(folder.fd, &st), 0);
+        folder_syncs = 0;
+        broken_folder = st.st_ino;
+        bn_collect(store.fd, never, NULL, &c, &err);
+        broken_folder = 0;
+        snprintf(says, sizeof(says), "%s: left alone: cannot write", names[i]);
+        assert_says(&err, EIO, says);
+        assert_int_equal(c.rewritten, 1);
+        assert_int_equal(c.bytes, 5 * CHUNK);
+        assert_int_equal(c.folders, 1);
+        assert_int_equal(used_bytes(&store, i % 2 ? "second" : "fourth"), 6 * CHUNK);
+        check_store(&store);
         collect(&store);
         check_store(&store);
         bn_close(folder.fd);
@@ -435,6 +473,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_verify, setup, teardown),
         cmocka_unit_test_setup_teardown(test_collect, setup, teardown),
         cmocka_unit_test_setup_teardown(test_unsafe_manifest, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_one_cannot_be_written, setup, teardown),
         cmocka_unit_test_setup_teardown(test_skips, setup, teardown),
         cmocka_unit_test_setup_teardown(test_killed_anywhere, setup, teardown),
     };
