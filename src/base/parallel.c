@@ -1,9 +1,7 @@
 #include "base/parallel.h"
 
-#include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
-#include <stdlib.h>
 
 #define THREADS_MAX 16u
 
@@ -12,20 +10,34 @@ struct run {
     void *ctx;
     size_t n;
     atomic_size_t next;
-    struct {
-        int r;
-        struct bn_error err;
-    } * results;
+    pthread_mutex_t lock; /* of the failure */
+    size_t failed;        /* the first so far; n: none */
+    int r;
+    struct bn_error err;
 };
+
+static void fail(struct run *run, size_t i, int r, const struct bn_error *err)
+{
+    pthread_mutex_lock(&run->lock);
+    if (i < run->failed) {
+        run->failed = i;
+        run->r = r;
+        run->err = *err;
+    }
+    pthread_mutex_unlock(&run->lock);
+}
 
 static void *work(void *arg)
 {
     struct run *run = arg;
     for (;;) {
+        struct bn_error err = BN_ERROR_INIT;
         size_t i = atomic_fetch_add(&run->next, 1);
         if (i >= run->n)
             return NULL;
-        run->results[i].r = run->fn(run->ctx, i, &run->results[i].err);
+        int r = run->fn(run->ctx, i, &err);
+        if (r < 0)
+            fail(run, i, r, &err);
     }
 }
 
@@ -36,11 +48,8 @@ int bn_parallel(size_t n, bn_parallel_fn fn, void *ctx, struct bn_error *err)
     if (n == 1)
         return fn(ctx, 0, err);
 
-    struct run run = {.fn = fn, .ctx = ctx, .n = n};
-    run.results = calloc(n, sizeof(*run.results));
-    if (!run.results)
-        return bn_error_set(err, ENOMEM, "", "out of memory");
-
+    struct run run = {.fn = fn, .ctx = ctx, .n = n, .failed = n};
+    pthread_mutex_init(&run.lock, NULL);
     pthread_t threads[THREADS_MAX];
     size_t started = 0;
     for (size_t want = n - 1 < THREADS_MAX ? n - 1 : THREADS_MAX; started < want; started++)
@@ -50,12 +59,8 @@ int bn_parallel(size_t n, bn_parallel_fn fn, void *ctx, struct bn_error *err)
     for (size_t i = 0; i < started; i++)
         pthread_join(threads[i], NULL);
 
-    int r = 0;
-    for (size_t i = 0; i < n && r == 0; i++) {
-        r = run.results[i].r;
-        if (r < 0 && err && !bn_error_is_set(err))
-            *err = run.results[i].err;
-    }
-    free(run.results);
-    return r;
+    pthread_mutex_destroy(&run.lock);
+    if (run.r < 0 && err && !bn_error_is_set(err))
+        *err = run.err;
+    return run.r;
 }

@@ -7,6 +7,6 @@
 
 typedef int (*bn_parallel_fn)(void *ctx, size_t i, struct bn_error *err);
 
-/* The first failure (by index) is returned with its error; the others run to their ends all the same. Where no thread can be
- * made the caller's does the work. Any thread. */
+/* The first failure (by index) is returned with its error; the others run to their ends all the same. Has none of its own: where no
+ * thread can be made the caller's does the work. Any thread. */
 int bn_parallel(size_t n, bn_parallel_fn fn, void *ctx, struct bn_error *err);

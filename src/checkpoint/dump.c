@@ -2,6 +2,7 @@
 
 #include "base/cleanup.h"
 #include "base/io.h"
+#include "base/parallel.h"
 #include "base/proc.h"
 #include "checkpoint/copies.h"
 #include "checkpoint/describe.h"
@@ -66,40 +67,51 @@ static int choose_chunks(struct bn_dump *d, struct bn_error *err)
     d->parts = calloc(parts ? parts : 1, sizeof(*d->parts));
     if (!d->hash_key || !d->parts)
         return bn_error_set(err, ENOMEM, "hash", "out of memory");
-    int phase = bn_report_begin(d->q.report, "hash"), r = 0;
+    int phase = bn_report_begin(d->q.report, "hash");
+    int r = bn_sending_new(&d->send, targets, d->parts, err);
+    d->nparts = r < 0 ? 0 : parts;
     uint64_t hashed = 0;
-    for (size_t i = 0; i < targets->n; i++)
-        for (size_t p = 0; r == 0 && p < targets->v[i].nparts; p++) {
-            r = bn_sending_new(&d->send, &targets->v[i].parts[p], &d->parts[d->nparts], err);
-            if (r == 0 && bn_sending_hashed(d->parts[d->nparts++]))
-                hashed += targets->v[i].parts[p].bytes;
-        }
+    for (size_t i = 0; i < d->nparts; i++)
+        hashed += bn_sending_hashed(d->parts[i]) ? bn_sending_total(d->parts[i]) : 0;
     bn_report_end(d->q.report, phase, hashed);
     return r;
 }
 
 /* What is more than a little, and fits: part by part. */
+static int set_aside_on(void *arg, size_t dev, struct bn_error *err)
+{
+    struct bn_dump *d = arg;
+    (void)err;
+    for (size_t i = 0; i < d->nparts; i++)
+        if (bn_sending_dev(d->parts[i]) == dev && bn_sending_set_aside(d->parts[i]))
+            d->aside.gpu[dev] += bn_sending_bytes(d->parts[i]);
+    return 0;
+}
+
 static void set_aside(struct bn_dump *d)
 {
     int phase = bn_report_begin(d->q.report, "set-aside");
+    unsigned gpus = bn_gpu_count(d->q.env->gpu);
+    gpus = gpus < BN_USAGE_GPUS ? gpus : BN_USAGE_GPUS;
+    bn_parallel(gpus, set_aside_on, d, NULL);
     uint64_t bytes = 0;
-    size_t n = 0;
-    for (size_t i = 0; i < d->q.targets.n; i++)
-        for (size_t p = 0; p < d->q.targets.v[i].nparts; p++, n++) {
-            unsigned dev = d->q.targets.v[i].parts[p].dev;
-            if (dev >= BN_USAGE_GPUS || !bn_sending_set_aside(d->parts[n]))
-                continue;
-            bytes += bn_sending_bytes(d->parts[n]);
-            d->aside.gpu[dev] += bn_sending_bytes(d->parts[n]);
-        }
+    for (unsigned dev = 0; dev < gpus; dev++)
+        bytes += d->aside.gpu[dev];
     bn_report_end(d->q.report, phase, bytes);
+}
+
+static int drop_one_aside(void *arg, size_t i, struct bn_error *err)
+{
+    struct bn_dump *d = arg;
+    (void)err;
+    bn_sending_drop_aside(d->parts[i]);
+    return 0;
 }
 
 /* When nobody copies from there any more. */
 static void drop_aside(struct bn_dump *d)
 {
-    for (size_t i = 0; i < d->nparts; i++)
-        bn_sending_drop_aside(d->parts[i]);
+    bn_parallel(d->nparts, drop_one_aside, d, NULL);
 }
 
 static int open_writer(struct bn_dump *d, struct bn_error *err)

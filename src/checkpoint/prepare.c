@@ -91,15 +91,13 @@ static int choose(struct pass *s, struct bn_error *err)
         return bn_error_set(err, E2BIG, "hash", "more GPU memory than a checkpoint can have");
     int r = bn_pack_writer_relayout(s->p->writer, (uint32_t)(s->bytes / BN_CHUNK_SIZE), err);
     int phase = bn_report_begin(s->q.report, "hash");
+    r = r < 0 ? r : bn_sending_new(&s->send, t, s->parts, err);
+    s->nparts = r < 0 ? 0 : parts;
     s->hashed = true;
-    for (size_t i = 0; i < t->n; i++)
-        for (size_t k = 0; r == 0 && k < t->v[i].nparts; k++) {
-            r = bn_sending_new(&s->send, &t->v[i].parts[k], &s->parts[s->nparts], err);
-            if (r < 0)
-                break;
-            s->hashed = s->hashed && bn_sending_hashed(s->parts[s->nparts]);
-            s->sent += bn_sending_bytes(s->parts[s->nparts++]);
-        }
+    for (size_t i = 0; i < s->nparts; i++) {
+        s->hashed = s->hashed && bn_sending_hashed(s->parts[i]);
+        s->sent += bn_sending_bytes(s->parts[i]);
+    }
     bn_report_end(s->q.report, phase, s->hashed ? s->bytes : 0);
     return r;
 }

@@ -143,9 +143,17 @@ static int choose(struct bn_sending *s)
     return r < 0 ? r : add_extents(s, send);
 }
 
-int bn_sending_new(const struct bn_send_env *env, const struct bn_target_part *part, struct bn_sending **out,
+struct start {
+    const struct bn_send_env *env;
+    struct bn_sending **out;
+};
+
+static int new_one(void *arg, struct bn_target *t, struct bn_target_part *part, size_t i,
                    struct bn_error *err)
 {
+    const struct start *start = arg;
+    const struct bn_send_env *env = start->env;
+    (void)t;
     struct bn_sending *s = calloc(1, sizeof(*s));
     if (!s)
         return bn_error_set(err, ENOMEM, "hash", "out of memory");
@@ -167,13 +175,36 @@ int bn_sending_new(const struct bn_send_env *env, const struct bn_target_part *p
         bn_sending_free(s);
         return bn_error_set(err, r, "hash", "cannot choose what to send: %s", strerror(-r));
     }
-    *out = s;
+    start->out[i] = s;
     return 0;
+}
+
+int bn_sending_new(const struct bn_send_env *env, const struct bn_targets *targets, struct bn_sending **out,
+                   struct bn_error *err)
+{
+    size_t n = bn_targets_parts(targets);
+    memset(out, 0, n * sizeof(*out));
+    int r = bn_targets_each_part(targets, new_one, &(struct start){env, out}, err);
+    for (size_t i = 0; r < 0 && i < n; i++) {
+        bn_sending_free(out[i]);
+        out[i] = NULL;
+    }
+    return r;
+}
+
+unsigned bn_sending_dev(const struct bn_sending *s)
+{
+    return s->dev;
 }
 
 bool bn_sending_hashed(const struct bn_sending *s)
 {
     return s->hashes != NULL;
+}
+
+uint64_t bn_sending_total(const struct bn_sending *s)
+{
+    return s->n * BN_GPU_CHUNK;
 }
 
 uint64_t bn_sending_bytes(const struct bn_sending *s)

@@ -1,7 +1,7 @@
 /* GPU memory on its way into packs: which chunks have to cross the link, and their copying.
  *
  * Where the GPU hashes, every chunk is hashed in place first and the writer is asked what it knows: zero chunks, chunks that are
- * stored already (by an earlier part, a pre-dump, a parent) and all but one of equal chunks are not sent. Elsewhere all of it is
+ * stored already (by a pre-dump, in a parent) and all but one of equal chunks are not sent. Elsewhere all of it is
  * sent, and the writer finds out what it knows when it has the bytes.
  *
  * What arrives is hashed by the CPU in any case, as the writer does with everything it stores: that is 128 bits of what
@@ -11,7 +11,7 @@
  * Chunks can be set aside: copied, on the GPU, to memory of ours, which takes a hundredth of the time that the link takes. The processes
  * can then have theirs back while the bytes are still on their way.
  *
- * One thread at a time per object.
+ * One thread at a time per object; different objects in parallel.
  */
 #pragma once
 
@@ -38,14 +38,17 @@ struct bn_send_env {
 int bn_send_open(int dirfd, int parent, uint8_t key[BN_HASH_KEY_SIZE], struct bn_pack_writer **out,
                  struct bn_error *err);
 
-/* Hash and choose. `part` has its set, and image_chunk is the writer's number of its first chunk. `env` and set must stay. -ENOMEM,
- * and the writer's errors. A GPU that cannot hash is none. */
-int bn_sending_new(const struct bn_send_env *env, const struct bn_target_part *part, struct bn_sending **out,
+/* Hash and choose, on all GPUs at once: out[i] of the i-th part of all targets (bn_targets_parts). The parts have their sets, and image_chunk is
+ * the writer's number of their first chunk. `env` and the sets must stay. -ENOMEM, and the writer's errors; then nothing is left. A GPU
+ * that cannot hash is none. */
+int bn_sending_new(const struct bn_send_env *env, const struct bn_targets *targets, struct bn_sending **out,
                    struct bn_error *err);
+unsigned bn_sending_dev(const struct bn_sending *s);
 bool bn_sending_hashed(const struct bn_sending *s);    /* by the GPU */
+uint64_t bn_sending_total(const struct bn_sending *s); /* bytes of the part */
 uint64_t bn_sending_bytes(const struct bn_sending *s); /* to be sent */
 /* Before the start, of memory that nobody can write to: set all of it aside, if it is more than a little and the GPU has room for it,
- * and some to spare. False: it was not; then it is copied from where it is. */
+ * and some to spare. False: it was not; then it is copied from where it is. One thread at a time for a GPU, as that room is looked at. */
 bool bn_sending_set_aside(struct bn_sending *s);
 /* Free what was set aside. After the copy has been freed. */
 void bn_sending_drop_aside(struct bn_sending *s);

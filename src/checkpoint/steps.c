@@ -101,29 +101,42 @@ static int resolve_devices(struct bn_target *t, struct bn_gpu *gpu, struct hande
     return 0;
 }
 
-/* One part for each run of equal devices; imports the blocks. Descriptors of imported parts belong to their sets. */
+struct import {
+    struct bn_target *t;
+    struct bn_gpu *gpu;
+    struct handed *h;
+};
+
+/* Descriptors of an imported part belong to its set. */
+static int import_part(void *arg, size_t p, struct bn_error *err)
+{
+    struct import *im = arg;
+    struct bn_target_part *part = &im->t->parts[p];
+    struct handed *h = im->h + part->first;
+    bn_auto_free struct bn_gpu_block *blocks = calloc(part->n, sizeof(*blocks));
+    if (!blocks)
+        return bn_error_set(err, ENOMEM, "hand-over", "out of memory");
+    for (size_t i = 0; i < part->n; i++)
+        blocks[i] = (struct bn_gpu_block){.size = h[i].seg.size, .flags = h[i].seg.flags, .fd = h[i].fd};
+    int r = bn_gpu_set_import(im->gpu, part->dev, blocks, part->n, &part->set, err);
+    for (size_t i = 0; r == 0 && i < part->n; i++)
+        h[i].fd = -1;
+    return r;
+}
+
+/* One part for each run of equal devices. */
 static int import_parts(struct bn_target *t, struct bn_gpu *gpu, struct handed *h, struct bn_error *err)
 {
-    bn_auto_free struct bn_gpu_block *blocks = calloc(t->nsegs, sizeof(*blocks));
     t->parts = calloc(bn_gpu_count(gpu), sizeof(*t->parts));
-    if (!blocks || !t->parts)
+    if (!t->parts)
         return bn_error_set(err, ENOMEM, "hand-over", "out of memory");
-    for (size_t first = 0; first < t->nsegs;) {
-        struct bn_target_part part = {.dev = h[first].dev, .first = first};
-        for (; first + part.n < t->nsegs && h[first + part.n].dev == part.dev; part.n++) {
-            const struct handed *x = &h[first + part.n];
-            blocks[part.n] = (struct bn_gpu_block){.size = x->seg.size, .flags = x->seg.flags, .fd = x->fd};
-            part.bytes += x->seg.size;
-        }
-        int r = bn_gpu_set_import(gpu, part.dev, blocks, part.n, &part.set, err);
-        if (r < 0)
-            return r;
-        for (size_t i = 0; i < part.n; i++)
-            h[first + i].fd = -1;
-        t->parts[t->nparts++] = part;
-        first += part.n;
+    for (size_t i = 0; i < t->nsegs; i++) {
+        if (i == 0 || h[i].dev != h[i - 1].dev)
+            t->parts[t->nparts++] = (struct bn_target_part){.dev = h[i].dev, .first = i};
+        t->parts[t->nparts - 1].n++;
+        t->parts[t->nparts - 1].bytes += h[i].seg.size;
     }
-    return 0;
+    return bn_parallel(t->nparts, import_part, &(struct import){t, gpu, h}, err);
 }
 
 int bn_target_hand_over(struct bn_target *t, struct bn_gpu *gpu, struct bn_error *err)
@@ -153,25 +166,24 @@ int bn_target_hand_over(struct bn_target *t, struct bn_gpu *gpu, struct bn_error
     return r;
 }
 
-static int create_set(struct bn_target *t, struct bn_gpu *gpu, struct bn_target_part *part,
+static int create_set(void *gpu, struct bn_target *t, struct bn_target_part *part, size_t i,
                       struct bn_error *err)
 {
+    (void)i;
+    if (part->set || !t->evicted || bn_target_gone(t))
+        return 0;
     bn_auto_free struct bn_gpu_block *blocks = calloc(part->n, sizeof(*blocks));
     if (!blocks)
         return bn_error_set(err, ENOMEM, "allocate", "out of memory");
-    for (size_t i = 0; i < part->n; i++)
-        blocks[i] = (struct bn_gpu_block){
-            .size = t->segs[part->first + i].size, .flags = t->segs[part->first + i].flags, .fd = -1};
+    for (size_t k = 0; k < part->n; k++)
+        blocks[k] = (struct bn_gpu_block){
+            .size = t->segs[part->first + k].size, .flags = t->segs[part->first + k].flags, .fd = -1};
     return bn_gpu_set_create(gpu, part->dev, blocks, part->n, &part->set, err);
 }
 
-int bn_target_create_sets(struct bn_target *t, struct bn_gpu *gpu, struct bn_error *err)
+int bn_targets_create_sets(struct bn_targets *targets, struct bn_gpu *gpu, struct bn_error *err)
 {
-    int r = 0;
-    for (size_t p = 0; p < t->nparts && r == 0; p++)
-        if (!t->parts[p].set)
-            r = create_set(t, gpu, &t->parts[p], err);
-    return r;
+    return bn_targets_each_part(targets, create_set, gpu, err);
 }
 
 void bn_target_release(struct bn_target *t)

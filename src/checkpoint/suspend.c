@@ -105,18 +105,6 @@ struct bn_suspended *bn_suspended_take(struct bn_quiesce *q)
     return s;
 }
 
-/* A target that was given its memory at an earlier try needs none. */
-static int create_sets(struct bn_quiesce *q, struct bn_error *err)
-{
-    for (size_t i = 0; i < q->targets.n; i++) {
-        struct bn_target *t = &q->targets.v[i];
-        int r = bn_target_gone(t) || !t->evicted ? 0 : bn_target_create_sets(t, q->env->gpu, err);
-        if (r < 0)
-            return r;
-    }
-    return 0;
-}
-
 /* Free the GPU again. Records first: what they hold is what counts if we die. */
 static void back_to_rest(struct bn_suspended *s)
 {
@@ -150,7 +138,7 @@ int bn_resume(struct bn_suspended **sp, struct bn_report *report, struct bn_erro
 
     int phase = bn_report_begin(report, "allocate");
     bn_kill_point(q->env, "allocate", "begin");
-    int r = create_sets(q, err);
+    int r = bn_targets_create_sets(&q->targets, q->env->gpu, err);
     bn_report_end(report, phase, 0);
     bn_kill_point(q->env, "allocate", "end");
     if (r == 0)

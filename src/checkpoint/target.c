@@ -229,6 +229,28 @@ size_t bn_targets_parts(const struct bn_targets *targets)
     return parts;
 }
 
+struct each_part {
+    const struct bn_targets *targets;
+    bn_part_fn fn;
+    void *ctx;
+};
+
+static int on_part(void *arg, size_t i, struct bn_error *err)
+{
+    const struct each_part *e = arg;
+    struct bn_target *t = e->targets->v;
+    size_t p = i;
+    for (; p >= t->nparts; t++)
+        p -= t->nparts;
+    return e->fn(e->ctx, t, &t->parts[p], i, err);
+}
+
+int bn_targets_each_part(const struct bn_targets *targets, bn_part_fn fn, void *ctx, struct bn_error *err)
+{
+    struct each_part e = {targets, fn, ctx};
+    return bn_parallel(bn_targets_parts(targets), on_part, &e, err);
+}
+
 uint64_t bn_target_bytes(const struct bn_target *t)
 {
     uint64_t bytes = 0;

@@ -4,7 +4,8 @@
  * give back); without one, or when the agent stepped aside, the driver saves everything as ever. Each step remembers in the
  * target what it did, so that undoing is: for every target, whatever its flags say, in the opposite order.
  *
- * One thread at a time per target; different targets in parallel.
+ * One thread at a time per target; different targets in parallel. What is done to memory alone runs on all parts in parallel, so that
+ * no GPU waits for another.
  */
 #pragma once
 
@@ -81,6 +82,11 @@ uint64_t bn_targets_evictable(const struct bn_targets *t); /* bytes, from the ag
 size_t bn_targets_parts(const struct bn_targets *t);       /* of all of them together */
 uint64_t bn_target_bytes(const struct bn_target *t);       /* of its parts */
 
+/* Run `fn` on every part of every target, all at once (base/parallel.h). `i` counts the parts of all targets from 0 on. */
+typedef int (*bn_part_fn)(void *ctx, struct bn_target *t, struct bn_target_part *part, size_t i,
+                          struct bn_error *err);
+int bn_targets_each_part(const struct bn_targets *targets, bn_part_fn fn, void *ctx, struct bn_error *err);
+
 /* True once the process has ended: there is nothing left to undo. */
 bool bn_target_gone(const struct bn_target *t);
 bool bn_target_wait_gone(const struct bn_target *t, int timeout_ms);
@@ -104,8 +110,8 @@ int bn_target_checkpoint(struct bn_target *t, struct bn_gpu *gpu, struct bn_erro
 int bn_target_restore(struct bn_target *t, struct bn_gpu *gpu, const struct bn_ckpt_pair *pairs,
                       size_t npairs, struct bn_error *err);
 int bn_target_unlock(struct bn_target *t, struct bn_gpu *gpu, struct bn_error *err);
-int bn_target_create_sets(struct bn_target *t, struct bn_gpu *gpu,
-                          struct bn_error *err);                    /* anew, empty, where missing */
+/* Anew, empty, where one is missing of a target that lives and is evicted. On failure some may have been created. */
+int bn_targets_create_sets(struct bn_targets *targets, struct bn_gpu *gpu, struct bn_error *err);
 int bn_target_give_back(struct bn_target *t, struct bn_error *err); /* needs the sets */
 void bn_target_release(struct bn_target *t);                        /* free the sets */
 void bn_target_drop_saved(struct bn_target *t);  /* free the bytes in host memory and on disk */

@@ -284,28 +284,37 @@ int bn_tier_load(struct bn_quiesce *q, struct bn_target *t, struct bn_target_par
     return tier->load ? tier->load(q, t, part, arg, job, err) : 0;
 }
 
-/* Drop what `drop` has of each part, if another tier has it, too (`twice`), or whatever there is. */
-static void drop_parts(struct bn_suspended *s, const struct bn_tier *drop, bool twice)
+/* Freeing GPU memory takes the driver time in proportion to it. */
+static int keep_part(void *tier, struct bn_target *t, struct bn_target_part *part, size_t i,
+                     struct bn_error *err)
 {
-    for (size_t i = 0; i < s->q.targets.n; i++)
-        for (size_t p = 0; p < s->q.targets.v[i].nparts; p++) {
-            struct bn_target_part *part = &s->q.targets.v[i].parts[p];
-            bool other = false;
-            for (size_t k = 0; k < BN_ARRAY_SIZE(tiers); k++)
-                other = other || (&tiers[k] != drop && tiers[k].has(part));
-            if (other || !twice)
-                drop->drop(part);
-        }
+    (void)t, (void)i, (void)err;
+    for (size_t k = 0; k < BN_ARRAY_SIZE(tiers); k++)
+        if (&tiers[k] != tier)
+            tiers[k].drop(part);
+    return 0;
 }
 
 void bn_tier_keep(struct bn_suspended *s, const struct bn_tier *tier)
 {
+    bn_targets_each_part(&s->q.targets, keep_part, (void *)tier, NULL);
+}
+
+/* What no other tier has stays. */
+static int undo_part(void *tier, struct bn_target *t, struct bn_target_part *part, size_t i,
+                     struct bn_error *err)
+{
+    const struct bn_tier *undo = tier;
+    (void)t, (void)i, (void)err;
     for (size_t k = 0; k < BN_ARRAY_SIZE(tiers); k++)
-        if (&tiers[k] != tier)
-            drop_parts(s, &tiers[k], false);
+        if (&tiers[k] != undo && tiers[k].has(part)) {
+            undo->drop(part);
+            break;
+        }
+    return 0;
 }
 
 void bn_tier_undo(struct bn_suspended *s, const struct bn_tier *tier)
 {
-    drop_parts(s, tier, true);
+    bn_targets_each_part(&s->q.targets, undo_part, (void *)tier, NULL);
 }

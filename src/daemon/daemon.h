@@ -74,7 +74,7 @@ struct daemon {
     unsigned rounds;        /* room.c */
     struct bn_usage aside;  /* what dumps have set aside on GPUs */
     bool listening;         /* need.c: its thread runs */
-    bool serving_want;      /* need.c: one at a time */
+    uint64_t serving_wants; /* need.c: GPUs for which one is served, a bit for each */
     uint64_t hashless;      /* GPUs that were said to be unfit for hashing: a bit for each */
     struct bn_error no_gpu; /* set: why the driver could not be opened; every request is answered with it */
 

@@ -2,6 +2,7 @@
 #include "daemon/daemon.h"
 
 #include "base/cleanup.h"
+#include "base/parallel.h"
 #include "base/proc.h"
 #include "config.h"
 #include "gpu/hash.h"
@@ -395,6 +396,15 @@ static int loop(struct daemon *d, int listen_fd, struct bn_error *err)
     return r < 0 ? bn_error_set(err, r, "loop", "the event loop failed: %s", strerror(-r)) : 0;
 }
 
+static int warm_gpu(void *arg, size_t dev, struct bn_error *err)
+{
+    struct daemon *d = arg;
+    int r = bn_gpu_warm(d->env.gpu, (unsigned)dev, err);
+    if (r == 0)
+        bn_gpu_hash_ready(d->env.gpu, (unsigned)dev, NULL); /* without it the CPU hashes */
+    return r;
+}
+
 /* The driver, what earlier workers left, and the way to keep what this one has. */
 static int prepare(struct daemon *d, const struct options *o, struct bn_error *err)
 {
@@ -410,9 +420,8 @@ static int prepare(struct daemon *d, const struct options *o, struct bn_error *e
         d->env.kill_at = secure_getenv("BENNUD_TEST_KILL");
     for (unsigned g = 0; r == 0 && o->no_gpu_hash && g < bn_gpu_count(d->env.gpu); g++)
         bn_gpu_hash_switch_off(d->env.gpu, g, "--no-gpu-hash");
-    for (unsigned g = 0; r == 0 && o->private_fd < 0 && g < bn_gpu_count(d->env.gpu); g++)
-        if ((r = bn_gpu_warm(d->env.gpu, g, err)) == 0)
-            bn_gpu_hash_ready(d->env.gpu, g, NULL); /* without it the CPU hashes */
+    if (r == 0 && o->private_fd < 0)
+        r = bn_parallel(bn_gpu_count(d->env.gpu), warm_gpu, d, err);
     bn_daemon_note_hashing(d);
     if (r == 0 && n > 0)
         bn_daemon_recover(d, records, n);

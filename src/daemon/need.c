@@ -20,6 +20,7 @@
 struct listener {
     pid_t pid;
     struct bn_agent *agent; /* NULL: it may get one soon */
+    bool foreign;           /* it uses GPUs that we do not see: its memory is another daemon's business */
 };
 
 struct listeners {
@@ -39,13 +40,27 @@ static void forget(struct listeners *l)
     l->n = 0;
 }
 
-/* Look for its agent. False: none yet. */
-static bool tell(struct listener *at, uint32_t hot)
+static bool is_foreign(const struct daemon *d, struct bn_agent *agent)
 {
-    if (!at->agent && (!bn_target_maps_driver(at->pid) || bn_agent_find(at->pid, &at->agent) < 0))
+    struct bn_agent_page page;
+    if (bn_agent_page(agent, &page) < 0 || page.gpu_count == 0) /* not known yet */
         return false;
-    (void)!bn_agent_announce_hot(at->agent, hot); /* too old, or gone */
+    for (uint32_t i = 0; i < page.gpu_count; i++)
+        if (bn_gpu_find(d->env.gpu, page.gpu[i].uuid) >= 0)
+            return false;
     return true;
+}
+
+/* To its agent, if it has one by now. */
+static void tell(const struct daemon *d, struct listener *at, uint32_t hot)
+{
+    if (!at->agent) {
+        if (!bn_target_maps_driver(at->pid) || bn_agent_find(at->pid, &at->agent) < 0)
+            return;
+        at->foreign = is_foreign(d, at->agent);
+    }
+    if (!at->foreign)
+        (void)!bn_agent_announce_hot(at->agent, hot); /* too old, or gone */
 }
 
 static int by_number(const void *a, const void *b)
@@ -56,7 +71,7 @@ static int by_number(const void *a, const void *b)
 
 /* The new ones only; with `all`, every process anew: they become other programs. A program allocates soon after it has begun to
  * use CUDA. So what is new, and what has the driver's library but no agent yet, is looked at again and again. */
-static void scan(struct listeners *l, bool all)
+static void scan(const struct daemon *d, struct listeners *l, bool all)
 {
     pid_t *pids = NULL;
     size_t n = 0;
@@ -80,7 +95,7 @@ static void scan(struct listeners *l, bool all)
     l->npids = n;
     for (size_t i = 0; i < l->n; i++)
         if (all || !l->v[i].agent)
-            tell(&l->v[i], l->hot);
+            tell(d, &l->v[i], l->hot);
 }
 
 /* ---- one want ---- */
@@ -88,8 +103,14 @@ static void scan(struct listeners *l, bool all)
 struct want {
     struct daemon *d;
     pid_t pid;
+    unsigned dev;
     struct bn_agent_want want;
 };
+
+static uint64_t bit_of(unsigned dev)
+{
+    return UINT64_C(1) << dev;
+}
 
 /* It may have given up, or ended. */
 static bool still_wanted(void *arg)
@@ -104,46 +125,43 @@ static bool still_wanted(void *arg)
     return same;
 }
 
-static bool let_go(struct want *w)
-{
-    struct daemon *d = w->d;
-    const struct bn_agent_want *want = &w->want;
-    int dev = bn_gpu_find(d->env.gpu, want->uuid);
-    if (dev < 0 || (unsigned)dev >= BN_USAGE_GPUS)
-        return false;
-    return bn_free_gpu(d, (unsigned)dev, want->bytes < UINT64_MAX - SLACK ? want->bytes + SLACK : UINT64_MAX,
-                       still_wanted, w);
-}
-
 static void *serve(void *arg)
 {
     struct want *w = arg;
     struct daemon *d = w->d;
-    bool more = let_go(w);
+    uint64_t bytes = w->want.bytes < UINT64_MAX - SLACK ? w->want.bytes + SLACK : UINT64_MAX;
+    bool more = bn_free_gpu(d, w->dev, bytes, still_wanted, w);
     struct bn_agent *agent;
     if (bn_agent_find(w->pid, &agent) == 0) {
         (void)!bn_agent_answer_want(agent, w->want.seq, more);
         bn_agent_free(agent);
     }
+    __atomic_fetch_and(&d->serving_wants, ~bit_of(w->dev), __ATOMIC_RELEASE);
     free(w);
-    __atomic_store_n(&d->serving_want, false, __ATOMIC_RELEASE);
     return NULL;
 }
 
-/* In a thread of its own: a move takes longer than an agent goes without hearing of us. One at a time. */
+/* In a thread of its own: a move takes longer than an agent goes without hearing of us. One at a time for each GPU. */
 static void look(struct daemon *d, const struct listeners *l)
 {
-    for (size_t i = 0; i < l->n && !__atomic_load_n(&d->serving_want, __ATOMIC_ACQUIRE); i++) {
+    for (size_t i = 0; i < l->n; i++) {
         struct bn_agent_want want;
-        if (!l->v[i].agent || bn_agent_wanted(l->v[i].agent, &want) != 1)
+        if (!l->v[i].agent || l->v[i].foreign || bn_agent_wanted(l->v[i].agent, &want) != 1)
+            continue;
+        int dev = bn_gpu_find(d->env.gpu, want.uuid);
+        if (dev < 0 || (unsigned)dev >= BN_USAGE_GPUS) {
+            (void)!bn_agent_answer_want(l->v[i].agent, want.seq, false);
+            continue;
+        }
+        if (__atomic_load_n(&d->serving_wants, __ATOMIC_ACQUIRE) & bit_of((unsigned)dev))
             continue;
         struct want *w = malloc(sizeof(*w));
         if (!w)
             return;
-        *w = (struct want){d, l->v[i].pid, want};
-        d->serving_want = true;
+        *w = (struct want){d, l->v[i].pid, (unsigned)dev, want};
+        __atomic_fetch_or(&d->serving_wants, bit_of(w->dev), __ATOMIC_RELAXED);
         if (bn_daemon_thread(d, serve, w) < 0) {
-            d->serving_want = false;
+            __atomic_fetch_and(&d->serving_wants, ~bit_of(w->dev), __ATOMIC_RELAXED);
             free(w);
         }
     }
@@ -176,7 +194,7 @@ static void *listen_to_agents(void *arg)
             l.hot += l.hot == UINT32_MAX ? 2 : 1;
             scanned = now;
         }
-        scan(&l, all);
+        scan(d, &l, all);
         look(d, &l);
         poll(NULL, 0, LOOK_MS);
         pthread_mutex_lock(&d->lock);
@@ -184,7 +202,7 @@ static void *listen_to_agents(void *arg)
         pthread_mutex_unlock(&d->lock);
     }
     for (size_t i = 0; i < l.n; i++)
-        tell(&l.v[i], 0);
+        tell(d, &l.v[i], 0);
     forget(&l);
     free(l.pids);
     return NULL;

@@ -6,6 +6,7 @@
 
 #include "base/cleanup.h"
 #include "base/io.h"
+#include "base/parallel.h"
 #include "wire/agent_proto.h"
 
 #include <sys/eventfd.h>
@@ -263,6 +264,21 @@ bool bn_free_gpu(struct daemon *d, unsigned dev, uint64_t bytes, bool (*wanted)(
     }
 }
 
+struct resume_room {
+    struct daemon *d;
+    const struct bn_usage *where;
+    uint64_t anywhere;
+};
+
+static int free_one(void *arg, size_t dev, struct bn_error *err)
+{
+    const struct resume_room *r = arg;
+    (void)err;
+    if (r->where->gpu[dev] || r->anywhere)
+        bn_free_gpu(r->d, (unsigned)dev, r->where->gpu[dev] + r->anywhere, NULL, NULL);
+    return 0;
+}
+
 bool bn_room_for_resume(struct daemon *d, const struct bn_suspended *s, struct bn_usage *where)
 {
     const struct bn_targets *t = bn_suspended_targets(s);
@@ -279,10 +295,10 @@ bool bn_room_for_resume(struct daemon *d, const struct bn_suspended *s, struct b
                 where->gpu[part->dev] += driver + (part->set ? 0 : part->bytes) + 1;
         }
     }
-    for (unsigned dev = 0; dev < bn_gpu_count(d->env.gpu) && dev < BN_USAGE_GPUS; dev++) {
+    unsigned gpus = bn_gpu_count(d->env.gpu);
+    gpus = gpus < BN_USAGE_GPUS ? gpus : BN_USAGE_GPUS;
+    for (unsigned dev = 0; dev < gpus; dev++)
         somewhere = somewhere || where->gpu[dev];
-        if (where->gpu[dev] || anywhere)
-            bn_free_gpu(d, dev, where->gpu[dev] + anywhere, NULL, NULL);
-    }
+    bn_parallel(gpus, free_one, &(struct resume_room){d, where, anywhere}, NULL);
     return somewhere;
 }

@@ -60,7 +60,7 @@ int bn_copier_new(struct bn_gpu *gpu, const struct bn_copier_config *config, str
     if (c->config.workers_in > WORKERS_MAX)
         c->config.workers_in = WORKERS_MAX;
     if (!c->config.buffers)
-        c->config.buffers = 4 * 2 * c->config.workers;
+        c->config.buffers = (bn_gpu_count(gpu) > 4 ? bn_gpu_count(gpu) : 4) * 2 * c->config.workers;
     c->config.buffers += c->config.buffers % 2; /* they are lent in pairs */
 
     int r = 0;

@@ -178,7 +178,7 @@ struct bn_copier_config {
     unsigned workers; /* threads of a BN_COPY_OUT job; 0: one a core, at most 8. Each has two buffers. */
     /* The same for BN_COPY_IN, whose threads copy from the page cache and gain from more; 0: one a core, at most 16. */
     unsigned workers_in;
-    /* Staging buffers for all jobs together. Jobs beyond get fewer, or wait. 0: enough for four jobs. */
+    /* Staging buffers for all jobs together. Jobs beyond get fewer, or wait. 0: enough for four jobs, and for one on each GPU. */
     unsigned buffers;
 };
 

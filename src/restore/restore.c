@@ -1,6 +1,7 @@
 #include "restore/restore.h"
 
 #include "base/cleanup.h"
+#include "base/parallel.h"
 #include "base/proc.h"
 #include "checkpoint/copies.h"
 #include "gpu/hash.h"
@@ -84,12 +85,10 @@ static int make_targets(struct bn_restore *r, struct bn_error *err)
         memcpy(t->comm, p->comm, sizeof(t->comm));
         memcpy(t->instance, p->instance, sizeof(t->instance));
         int rc = fill_parts(r, t, p, err);
-        if (rc == 0)
-            rc = bn_target_create_sets(t, r->q.env->gpu, err);
         if (rc < 0)
             return rc;
     }
-    return 0;
+    return bn_targets_create_sets(targets, r->q.env->gpu, err);
 }
 
 /* ---- loading ---- */
@@ -123,6 +122,21 @@ static int start_loading(struct bn_restore *r, struct bn_error *err)
     return bn_copies_start(&r->copies, &r->q, "load", load_part, NULL, err);
 }
 
+struct verify {
+    const struct bn_restore *r;
+    const struct bn_hash_key *key;
+};
+
+static int verify_load(void *arg, size_t i, struct bn_error *err)
+{
+    const struct verify *v = arg;
+    const struct bn_restore *r = v->r;
+    const struct load *l = &r->loads[i];
+    if (!l->gpu_verifies)
+        return 0;
+    return bn_verify_part(r->q.env->gpu, v->key, r->manifest, r->reader, l->part, err);
+}
+
 /* What the copy threads did not compare. */
 static int verify(struct bn_restore *r, struct bn_error *err)
 {
@@ -131,14 +145,9 @@ static int verify(struct bn_restore *r, struct bn_error *err)
         return bn_error_set(err, ENOMEM, "verify", "out of memory");
     int phase = bn_report_begin(r->q.report, "verify");
     uint64_t bytes = 0;
-    int rc = 0;
-    for (size_t i = 0; rc == 0 && i < r->nloads; i++) {
-        const struct load *l = &r->loads[i];
-        if (!l->gpu_verifies)
-            continue;
-        rc = bn_verify_part(r->q.env->gpu, key, r->manifest, r->reader, l->part, err);
-        bytes += l->part->bytes;
-    }
+    for (size_t i = 0; i < r->nloads; i++)
+        bytes += r->loads[i].gpu_verifies ? r->loads[i].part->bytes : 0;
+    int rc = bn_parallel(r->nloads, verify_load, &(struct verify){r, key}, err);
     bn_report_end(r->q.report, phase, bytes);
     bn_hash_key_free(key);
     return rc;
