@@ -444,6 +444,7 @@ static int import_one(const struct bn_agent_segment *want, int fd, struct bn_ans
                               "segment %llu of its GPU memory cannot be mapped: %s", id, cuda_text(r));
     }
     seg->present = true;
+    bn_track_moved_locked(seg->dev, want->uuid);
     bn_ipc_offer_again_locked(seg);
     missing--;
     return 0;

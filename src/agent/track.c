@@ -94,6 +94,12 @@ void bn_track_devices(void)
     bn_store(&page->mps, (uint32_t)mps_client(count));
 }
 
+void bn_track_moved_locked(CUdevice dev, const uint8_t uuid[16])
+{
+    memcpy(bn_track.devices[dev].uuid, uuid, 16);
+    memcpy(bn_agent_page()->gpu[dev].uuid, uuid, 16);
+}
+
 void bn_track_drop(void)
 {
     struct bn_track *t = &bn_track;

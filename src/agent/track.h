@@ -143,6 +143,8 @@ static inline void bn_track_unlock(int *unused)
 
 /* Ask the driver about every device; after cuInit. */
 void bn_track_devices(void) BN_API_LOCAL;
+/* A restore can bring the program to another GPU, of which the driver tells it nothing: `dev` is this one from now on. */
+void bn_track_moved_locked(CUdevice dev, const uint8_t uuid[16]) BN_API_LOCAL;
 /* Forget everything, without a call to the driver: in a forked child. */
 void bn_track_drop(void) BN_API_LOCAL;
 

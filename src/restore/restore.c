@@ -55,8 +55,8 @@ static int fill_parts(struct bn_restore *r, struct bn_target *t, const struct bn
     for (size_t i = 0; i < t->nsegs; i++) {
         const struct bn_image_segment *s = &p->segments[i];
         t->segs[i] = (struct bn_agent_segment){.id = s->id, .size = s->size, .va = s->va, .flags = s->flags};
-        memcpy(t->segs[i].uuid, r->manifest->gpus[s->gpu].uuid, sizeof(t->segs[i].uuid));
         unsigned dev = r->place.dev[s->gpu];
+        memcpy(t->segs[i].uuid, bn_gpu_info(r->q.env->gpu, dev)->uuid, sizeof(t->segs[i].uuid));
         struct bn_target_part *last = t->nparts ? &t->parts[t->nparts - 1] : NULL;
         bool follows =
             last && last->dev == dev && last->image_chunk + last->bytes / BN_CHUNK_SIZE == s->first_chunk;

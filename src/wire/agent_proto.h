@@ -170,7 +170,7 @@ struct bn_agent_segment {
     uint64_t id;      /* of the agent's own; unique in the life of the process */
     uint64_t size;    /* bytes, multiple of the granularity (2 MiB) */
     uint64_t va;      /* lowest address it is mapped at; 0 = held but not mapped */
-    uint8_t uuid[16]; /* GPU that holds it, as the application knows it */
+    uint8_t uuid[16]; /* GPU that holds it; in an import, that is to hold this device's memory from now on */
     uint32_t flags;   /* BN_SEGMENT_… */
     uint32_t reserved;
 };

@@ -14,7 +14,10 @@
  *   --children N                         that many children of its own kind, started by fork and exec
  *   --root-without-cuda                  with --children: the root only waits
  *   --keep                               never free one and make it anew
- *   --device N
+ *   --device N                           the GPU that it uses
+ *   --gpus N                             memory on the GPUs 0 to N - 1, kernels on the one that it uses
+ *   --host BYTES                         that much of the process's own memory, in two pieces
+ *   --spread N                           with --children: the process of role R uses GPU R modulo N
  */
 #include <errno.h>
 #include <getopt.h>
@@ -34,20 +37,23 @@
 #define GRAPH_NODES 3
 #define REGIONS_MAX 4096
 #define EXIT_ASKED 42
+#define GPUS_MAX 16
 
-enum kind { ALLOC, PITCH, VMM, PINNED };
-static const char *const kind_name[] = {"cuMemAlloc", "cuMemAllocPitch", "cuMemCreate", "cuMemHostAlloc"};
+enum kind { ALLOC, PITCH, VMM, PINNED, HOST };
+static const char *const kind_name[] = {"cuMemAlloc", "cuMemAllocPitch", "cuMemCreate", "cuMemHostAlloc",
+                                        "malloc"};
 
 struct region {
     enum kind kind;
+    unsigned device;
     CUdeviceptr ptr, alias; /* alias: the same memory at a second address, or 0 */
-    uint64_t *host;         /* PINNED: read and written by the host */
+    uint64_t *host;         /* PINNED, HOST: read and written by the host */
     size_t bytes;
 };
 
 static struct {
-    unsigned allocs, children, role, device;
-    size_t min, max;
+    unsigned allocs, children, role, device, gpus, spread;
+    size_t min, max, host;
     unsigned long rounds, pause_ms;
     bool root_without_cuda, keep;
 } opt = {.allocs = 24, .min = 4, .max = 5u << 20, .pause_ms = 2};
@@ -56,6 +62,7 @@ static struct region regions[REGIONS_MAX];
 static size_t n_regions;
 static uint64_t *staging;
 
+static CUcontext contexts[GPUS_MAX];
 static CUstream streams[STREAMS];
 static CUevent events[STREAMS];
 static CUfunction k_fill, k_increment, k_global_add;
@@ -63,6 +70,16 @@ static CUdeviceptr counter, global;
 static CUgraphExec graph;
 static uint64_t counted, global_sum;
 static volatile sig_atomic_t asked;
+
+/* What follows is for this GPU. */
+static void use(unsigned device)
+{
+    static unsigned current = GPUS_MAX;
+    if (device == current)
+        return;
+    MUST(cuCtxSetCurrent(contexts[device]));
+    current = device;
+}
 
 /* ---- what must be where ---- */
 
@@ -100,6 +117,7 @@ static void compare(size_t r, size_t offset, const void *is, size_t bytes, uint6
 
 static void verify_at(size_t r, CUdeviceptr ptr, uint64_t round, const char *where)
 {
+    use(regions[r].device);
     for (size_t at = 0; at < regions[r].bytes; at += PIECE) {
         size_t n = regions[r].bytes - at < PIECE ? regions[r].bytes - at : PIECE;
         MUST(cuMemcpyDtoH_v2(staging, ptr + at, n));
@@ -110,6 +128,7 @@ static void verify_at(size_t r, CUdeviceptr ptr, uint64_t round, const char *whe
 static uint64_t read_word(CUdeviceptr ptr)
 {
     uint64_t word;
+    use(opt.device);
     MUST(cuMemcpyDtoH_v2(&word, ptr, sizeof(word)));
     return word;
 }
@@ -117,7 +136,7 @@ static uint64_t read_word(CUdeviceptr ptr)
 static void verify(uint64_t round)
 {
     for (size_t r = 0; r < n_regions; r++) {
-        if (regions[r].kind == PINNED) {
+        if (regions[r].host) {
             for (size_t at = 0; at < regions[r].bytes; at += PIECE) {
                 size_t n = regions[r].bytes - at < PIECE ? regions[r].bytes - at : PIECE;
                 compare(r, at, (char *)regions[r].host + at, n, round, "");
@@ -142,6 +161,7 @@ static void verify(uint64_t round)
 
 static void fill_by_copy(size_t r, uint64_t round, size_t from)
 {
+    use(regions[r].device);
     for (size_t at = from; at < regions[r].bytes; at += PIECE) {
         size_t n = regions[r].bytes - at < PIECE ? regions[r].bytes - at : PIECE;
         expected(staging, seed_of(r, round), at / 8, n);
@@ -153,13 +173,14 @@ static void fill(size_t r, uint64_t round)
 {
     struct region *g = &regions[r];
     uint64_t words = g->bytes / 8, seed = seed_of(r, round);
-    if (g->kind == PINNED) {
+    if (g->host) {
         expected(g->host, seed, 0, g->bytes);
-    } else if (words == 0 || (r + round) % 3 == 0) {
+    } else if (words == 0 || g->device != opt.device || (r + round) % 3 == 0) {
         fill_by_copy(r, round, 0);
     } else {
         CUdeviceptr ptr = g->alias && round % 2 ? g->alias : g->ptr;
         void *args[] = {&ptr, &words, &seed};
+        use(opt.device);
         MUST(cuLaunchKernel(k_fill, 64, 1, 1, 128, 1, 1, 0, streams[r % STREAMS], args, NULL));
         fill_by_copy(r, round, words * 8);
     }
@@ -168,6 +189,7 @@ static void fill(size_t r, uint64_t round)
 static void launch(CUfunction f, uint64_t argument, CUstream stream)
 {
     void *args[] = {&argument};
+    use(opt.device);
     MUST(cuLaunchKernel(f, 1, 1, 1, 1, 1, 1, 0, stream, args, NULL));
 }
 
@@ -190,6 +212,7 @@ static void make_again(size_t r)
 {
     if (regions[r].kind != ALLOC)
         return;
+    use(regions[r].device);
     MUST(cuMemFree_v2(regions[r].ptr));
     MUST(cuMemAlloc_v2(&regions[r].ptr, regions[r].bytes));
 }
@@ -209,18 +232,20 @@ static void change(uint64_t round)
 
 /* ---- set-up ---- */
 
+/* On each GPU in turn. */
 static struct region *add(enum kind kind, size_t bytes)
 {
+    unsigned device = opt.gpus ? (unsigned)(n_regions % opt.gpus) : opt.device;
     if (n_regions == REGIONS_MAX)
         cr_die("too many allocations");
-    regions[n_regions] = (struct region){.kind = kind, .bytes = bytes};
+    use(device);
+    regions[n_regions] = (struct region){.kind = kind, .device = device, .bytes = bytes};
     return &regions[n_regions++];
 }
 
-static CUdeviceptr map_at_new_address(CUmemGenericAllocationHandle handle, size_t size)
+static CUdeviceptr map_at_new_address(CUmemGenericAllocationHandle handle, unsigned device, size_t size)
 {
-    CUmemAccessDesc access = {{CU_MEM_LOCATION_TYPE_DEVICE, (int)opt.device},
-                              CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+    CUmemAccessDesc access = {{CU_MEM_LOCATION_TYPE_DEVICE, (int)device}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
     CUdeviceptr ptr;
     MUST(cuMemAddressReserve(&ptr, size, 0, 0, 0));
     MUST(cuMemMap(ptr, size, 0, handle, 0));
@@ -230,15 +255,15 @@ static CUdeviceptr map_at_new_address(CUmemGenericAllocationHandle handle, size_
 
 static void add_vmm(size_t size, unsigned handle_types, bool twice, bool keep_handle)
 {
+    struct region *r = add(VMM, size);
     CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
                                 .requestedHandleTypes = handle_types,
-                                .location = {CU_MEM_LOCATION_TYPE_DEVICE, (int)opt.device}};
+                                .location = {CU_MEM_LOCATION_TYPE_DEVICE, (int)r->device}};
     CUmemGenericAllocationHandle handle;
-    struct region *r = add(VMM, size);
     MUST(cuMemCreate(&handle, size, &prop, 0));
-    r->ptr = map_at_new_address(handle, size);
+    r->ptr = map_at_new_address(handle, r->device, size);
     if (twice)
-        r->alias = map_at_new_address(handle, size);
+        r->alias = map_at_new_address(handle, r->device, size);
     if (!keep_handle)
         MUST(cuMemRelease(handle));
 }
@@ -252,22 +277,33 @@ static void allocate(void)
         MUST(cuMemAlloc_v2(&r->ptr, r->bytes));
     }
     size_t pitch;
-    struct region *small = add(PITCH, 0), *large = add(PITCH, 0);
+    struct region *small = add(PITCH, 0);
     MUST(cuMemAllocPitch_v2(&small->ptr, &pitch, 100, 7, 4));
     small->bytes = pitch * 7;
+    struct region *large = add(PITCH, 0);
     MUST(cuMemAllocPitch_v2(&large->ptr, &pitch, 5000, 500, 8));
     large->bytes = pitch * 500;
 
-    add_vmm((size_t)2 << 20, 0, false, false);
-    add_vmm((size_t)2 << 20, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, true, true);
+    for (unsigned i = 0; i < (opt.gpus ? opt.gpus : 1); i++) {
+        add_vmm((size_t)2 << 20, 0, false, false);
+        add_vmm((size_t)2 << 20, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, true, true);
+    }
 
     struct region *pinned = add(PINNED, 300000);
     MUST(cuMemHostAlloc((void **)&pinned->host, pinned->bytes + 8, 0));
+
+    for (unsigned i = 0; opt.host && i < 2; i++) {
+        struct region *host = add(HOST, opt.host / 2);
+        host->host = malloc(host->bytes + 8);
+        if (!host->host)
+            cr_die("no memory");
+    }
 }
 
 static void make_streams(void)
 {
     CUgraph captured;
+    use(opt.device);
     for (int s = 0; s < STREAMS; s++) {
         MUST(cuStreamCreate(&streams[s], CU_STREAM_NON_BLOCKING));
         MUST(cuEventCreate(&events[s], 0));
@@ -279,11 +315,24 @@ static void make_streams(void)
     MUST(cuGraphInstantiateWithFlags(&graph, captured, 0));
 }
 
+static void open_gpus(void)
+{
+    cr_open((int)opt.device);
+    for (unsigned i = 0; i < GPUS_MAX; i++) {
+        CUdevice device;
+        if (i != opt.device && i >= opt.gpus)
+            continue;
+        MUST(cuDeviceGet(&device, (int)i));
+        MUST(cuDevicePrimaryCtxRetain(&contexts[i], device));
+    }
+    use(opt.device);
+}
+
 static void set_up(void)
 {
     uint64_t zero = 0;
     size_t bytes;
-    cr_open((int)opt.device);
+    open_gpus();
     k_fill = cr_kernel("bn_fill");
     k_increment = cr_kernel("bn_increment");
     k_global_add = cr_kernel("bn_global_add");
@@ -360,7 +409,10 @@ static void parse(int argc, char **argv)
         {"role", 1, NULL, 'R'},
         {"device", 1, NULL, 'd'},
         {"root-without-cuda", 0, NULL, 'w'},
+        {"gpus", 1, NULL, 'g'},
+        {"spread", 1, NULL, 's'},
         {"keep", 0, NULL, 'k'},
+        {"host", 1, NULL, 'h'},
         {0},
     };
     for (int c; (c = getopt_long(argc, argv, "", longs, NULL)) != -1;) {
@@ -373,13 +425,20 @@ static void parse(int argc, char **argv)
         case 'c': opt.children = (unsigned)atoi(optarg); break;
         case 'R': opt.role = (unsigned)atoi(optarg); break;
         case 'd': opt.device = (unsigned)atoi(optarg); break;
+        case 'g': opt.gpus = (unsigned)atoi(optarg); break;
+        case 's': opt.spread = (unsigned)atoi(optarg); break;
         case 'k': opt.keep = true; break;
+        case 'h': opt.host = size_of(optarg); break;
         case 'w': opt.root_without_cuda = true; break;
         default: exit(2);
         }
     }
     if (opt.min == 0 || opt.max < opt.min)
         cr_die("--min and --max make no sense");
+    if (opt.spread)
+        opt.device = opt.role % opt.spread;
+    if (opt.device >= GPUS_MAX || opt.gpus > GPUS_MAX)
+        cr_die("at most %d GPUs", GPUS_MAX);
 }
 
 int main(int argc, char **argv)
