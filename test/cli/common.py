@@ -46,6 +46,14 @@ class Case(unittest.TestCase):
         return subprocess.run([arguments.bennu, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                               timeout=100, check=False, **kwargs)
 
+    def nobody(self):
+        """Somebody without rights, who can run the program nevertheless: not if it was built in root's home."""
+        try:
+            self.bennu("--version", user=65534, group=65534)
+        except PermissionError:
+            self.skipTest(f"other users cannot get at {arguments.bennu}")
+        return {"user": 65534, "group": 65534}
+
     def fails(self, code, *args, says=(), **kwargs):
         """The command ends with `code`, says one line on standard error and nothing on standard output."""
         done = self.bennu(*args, **kwargs)

@@ -171,11 +171,11 @@ class Dump(Case):
         self.fails(1, "dump", thread, self.target, says=f"is a thread of process {program.pid}")
 
     def test_not_root(self):
-        self.fails(1, "dump", self.pid, self.target, says=("belongs to root", "sudo"), user=65534, group=65534)
+        self.fails(1, "dump", self.pid, self.target, says=("belongs to root", "sudo"), **self.nobody())
         own = subprocess.Popen(["sleep", "1000"], user=65534)
         self.addCleanup(own.wait)
         self.addCleanup(own.kill)
-        self.fails(1, "dump", own.pid, self.target, says="needs root", user=65534, group=65534)
+        self.fails(1, "dump", own.pid, self.target, says="needs root", **self.nobody())
 
     def test_directory(self):
         full = self.path("full")
@@ -285,7 +285,7 @@ class Restore(Case):
 
     def test_not_root(self):
         self.record(gpu=False)
-        self.fails(1, "restore", self.path("ck"), says="needs root", user=65534, group=65534)
+        self.fails(1, "restore", self.path("ck"), says="needs root", **self.nobody())
 
 
 class Inspect(Case):
