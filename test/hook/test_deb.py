@@ -59,6 +59,7 @@ class Package(unittest.TestCase):
         of_package = {line.split(" -> ")[0].rsplit(" ", 1)[-1][1:] for line in listing if not line.startswith("d")}
         agent, = self.agents()
         self.assertEqual(self.files(), of_package | set(MADE) | {agent})
+        self.assertEqual({path.split("/")[2] for path in of_package}, {"bin", "lib", "libexec", "share"})
         with open(self.root + HOOK, encoding="utf-8") as hook:
             hook = json.load(hook)["hook"]
         self.assertTrue(os.access(self.root + hook["path"], os.X_OK))
