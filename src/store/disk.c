@@ -12,6 +12,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/statvfs.h>
 #include <sys/vfs.h>
 
 #define AREAS 4u /* registered with a ring: a thread has a few buffers */
@@ -170,20 +171,42 @@ void bn_disk_file_close(struct bn_disk_file *f)
     *f = BN_DISK_FILE_NONE;
 }
 
-void bn_disk_reserve(struct bn_disk_file *f, uint64_t bytes)
+/* Others need room there, too: CRIU writes its files at the same time. */
+static bool has_plenty(int fd)
+{
+    struct statvfs fs;
+    uint64_t bytes;
+    return fstatvfs(fd, &fs) < 0 || fs.f_blocks == 0 ||
+           __builtin_mul_overflow((uint64_t)fs.f_bavail, (uint64_t)fs.f_frsize, &bytes) ||
+           bytes >= BN_DISK_PLENTY;
+}
+
+static int extend(struct bn_disk_file *f, uint64_t bytes)
+{
+    if (fallocate(f->fd, 0, (off_t)f->reserved, (off_t)(bytes - f->reserved)) < 0)
+        return -errno;
+    f->reserved = bytes;
+    return 0;
+}
+
+static bool is_full(int r)
+{
+    return r == -ENOSPC || r == -EDQUOT || r == -EFBIG;
+}
+
+bool bn_disk_reserve(struct bn_disk_file *f, uint64_t bytes)
 {
     if (f->direct < 0 || bytes <= f->reserved)
-        return;
-    uint64_t all = (bytes + BN_DISK_STEP - 1) / BN_DISK_STEP * BN_DISK_STEP;
-    uint64_t from = f->reserved;
-    if (fallocate(f->fd, 0, (off_t)from, (off_t)(all - from)) == 0)
-        f->reserved = all;
-    else if (errno == ENOSPC || errno == EDQUOT ||
-             errno == EFBIG) { /* a whole step is too much: what is needed may fit */
-        if (fallocate(f->fd, 0, (off_t)from, (off_t)(bytes - from)) == 0)
-            f->reserved = bytes;
-    } else if (errno != EINTR)
+        return true;
+    bool plenty = has_plenty(f->fd);
+    int r = plenty ? extend(f, (bytes + BN_DISK_STEP - 1) / BN_DISK_STEP * BN_DISK_STEP) : -ENOSPC;
+    if (is_full(r)) { /* a whole step is too much: what is needed may fit */
+        plenty = false;
+        r = extend(f, bytes);
+    }
+    if (r < 0 && !is_full(r) && r != -EINTR)
         f->reserved = UINT64_MAX; /* it cannot: do not ask again */
+    return plenty;
 }
 
 int bn_disk_trim(struct bn_disk_file *f, uint64_t bytes)

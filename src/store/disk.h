@@ -14,6 +14,8 @@
 
 #define BN_DISK_ALIGN 4096u /* of offset, address and length */
 #define BN_DISK_STEP ((uint64_t)128 << 20)
+#define BN_DISK_PLENTY \
+    (32 * BN_DISK_STEP)    /* with less than this free, nothing is taken that may not be needed */
 #define BN_DISK_PIECES 32u /* in flight at most in one call */
 
 /* Leave a way out, as if it were missing here: for tests and comparison. */
@@ -67,8 +69,9 @@ int bn_disk_write(struct bn_disk *d, const struct bn_disk_piece *pieces, size_t 
 
 /* Have room for a file of `bytes`, in steps of BN_DISK_STEP, so that writes find blocks and need not extend it one by one. The file is longer
  * than what was written then: see bn_disk_trim(). One thread at a time for a file. A file system that cannot do it, or is
- * full, is no error here. */
-void bn_disk_reserve(struct bn_disk_file *f, uint64_t bytes);
+ * full, is no error here. False: it is nearly full, so this was for no more than `bytes`, and what other files have beyond their need should be
+ * given back. */
+bool bn_disk_reserve(struct bn_disk_file *f, uint64_t bytes);
 /* Cut off what was reserved beyond `bytes`. Errors as ftruncate(2). */
 int bn_disk_trim(struct bn_disk_file *f, uint64_t bytes);
 

@@ -101,6 +101,28 @@ int bn_pack_lanes_settle(struct bn_pack_writer *w, struct bn_error *err)
     return r;
 }
 
+/* What an idle lane has for writes to come may be all that another lacks. One that is being written into does so when it is done. */
+static void give_back(struct bn_pack_lane *l)
+{
+    if (pthread_mutex_trylock(&l->lock) != 0)
+        return;
+    if (l->file.fd >= 0 && l->file.reserved > l->length)
+        (void)!bn_disk_trim(&l->file, l->length); /* settle() tries again, and tells */
+    pthread_mutex_unlock(&l->lock);
+}
+
+static void reserve(struct bn_pack_writer *w, struct bn_pack_lane *l, uint64_t end)
+{
+    bool plenty = bn_disk_reserve(&l->file, end),
+         was = __atomic_exchange_n(&w->tight, !plenty, __ATOMIC_SEQ_CST);
+    if (plenty || was)
+        return;
+    for (unsigned i = 0; i < w->n_lanes; i++)
+        if (&w->lanes[i] != l)
+            give_back(&w->lanes[i]);
+    bn_disk_reserve(&l->file, end);
+}
+
 struct bn_pack_lane *bn_pack_lane_take(struct bn_pack_writer *w, uint32_t hint, uint64_t bytes,
                                        struct bn_error *err)
 {
@@ -131,6 +153,9 @@ void bn_pack_lane_done(struct bn_pack_writer *w, struct bn_pack_lane *l, uint64_
         pthread_mutex_unlock(&w->lock);
     }
     pthread_mutex_unlock(&l->lock);
+    if (__atomic_load_n(&w->tight,
+                        __ATOMIC_SEQ_CST)) /* not before: it may become so while this one cannot be had */
+        give_back(l);
 }
 
 static int pwritev_full(int fd, struct iovec *iov, int n, uint64_t off)
@@ -168,7 +193,7 @@ static int write_around_cache(struct bn_pack_writer *w, struct bn_pack_lane *l, 
         pieces[i] = (struct bn_disk_piece){&l->file, end, iov[i].iov_base, iov[i].iov_len, w->stable && raw};
         end += iov[i].iov_len;
     }
-    bn_disk_reserve(&l->file, end);
+    reserve(w, l, end);
     return bn_disk_write(w->disk, pieces, n);
 }
 

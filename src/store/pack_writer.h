@@ -48,6 +48,7 @@ struct bn_pack_writer {
     bool finished;
     struct bn_disk *disk; /* NULL: through the page cache */
     bool stable;          /* data that is added stays mapped */
+    bool tight;           /* (atomic) the disk is nearly full: no lane keeps what it does not need at once */
 
     struct bn_pack_lane lanes[BN_PACK_LANES];
     struct bn_pack_source *sources;

@@ -3,6 +3,7 @@
 #include "image/manifest.h"
 #include "store/disk.h"
 #include "store/pack.h"
+#include "store/pack_writer.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -19,6 +20,7 @@
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -293,9 +295,38 @@ static void test_errors(void **state)
     }
 }
 
+/* A disk with so many bytes free, as far as it is asked; negative: the real one. Linked with --wrap; the names are those with 64-bit
+ * offsets. */
+static int64_t left = -1;
+#define MUCH (INT64_C(1) << 40)
+
+int __real_fstatvfs64(int fd, struct statvfs *out);
+int __wrap_fstatvfs64(int fd, struct statvfs *out);
+int __wrap_fstatvfs64(int fd, struct statvfs *out)
+{
+    int r = __real_fstatvfs64(fd, out);
+    if (left >= 0) {
+        out->f_blocks = 1;
+        out->f_frsize = 1;
+        out->f_bavail = (fsblkcnt_t)left;
+    }
+    return r;
+}
+
+int __real_ftruncate64(int fd, off_t bytes);
+int __wrap_ftruncate64(int fd, off_t bytes);
+int __wrap_ftruncate64(int fd, off_t bytes)
+{
+    struct stat st;
+    if (left >= 0 && fstat(fd, &st) == 0)
+        left += st.st_size - bytes;
+    return __real_ftruncate64(fd, bytes);
+}
+
 static void test_reserve(void **state)
 {
     (void)state;
+    left = MUCH;
     for (size_t where = 0; where < FOLDERS; where++) {
         struct bn_disk *d = bn_disk_new(0);
         int fd = new_file(where);
@@ -316,10 +347,10 @@ static void test_reserve(void **state)
         close(fd);
         bn_disk_free(d);
     }
+    left = -1;
 }
 
-/* As ext4 does it when it is full: of what cannot be had it takes what there is, and leaves the file that much longer. Linked
- * with --wrap; fallocate64 is what fallocate is called with 64-bit offsets. */
+/* As ext4 does it when it is full: of what cannot be had it takes what there is, and leaves the file that much longer. */
 static bool full;
 static unsigned refused;
 int __real_fallocate64(int fd, int mode, off_t offset, off_t bytes);
@@ -327,9 +358,13 @@ int __wrap_fallocate64(int fd, int mode, off_t offset, off_t bytes);
 int __wrap_fallocate64(int fd, int mode, off_t offset, off_t bytes)
 {
     const off_t there = 8 << 20;
-    if (!full || offset + bytes <= there)
-        return __real_fallocate64(fd, mode, offset, bytes);
-    assert_int_equal(ftruncate(fd, there), 0);
+    bool fits = (!full || offset + bytes <= there) && (left < 0 || bytes <= left);
+    int r = fits ? __real_fallocate64(fd, mode, offset, bytes) : -1;
+    left -= left >= 0 && r == 0 ? bytes : 0;
+    if (fits)
+        return r;
+    if (full)
+        assert_int_equal(ftruncate(fd, there), 0);
     refused++;
     errno = ENOSPC;
     return -1;
@@ -653,6 +688,61 @@ static void test_packs(void **state)
     free(all);
 }
 
+static void add(struct bn_pack_writer *w, const uint8_t *all, uint32_t at)
+{
+    struct bn_error err = BN_ERROR_INIT;
+    assert_int_equal(bn_pack_writer_add_run(w, at, 4, all + at * CHUNK, &err), 0);
+}
+
+/* What one lane has beyond its need, and a dump that fits does not fail for. */
+static void test_nearly_full(void **state)
+{
+    (void)state;
+    const int64_t little = 5 * (int64_t)CHUNK;
+    char path[4096];
+    uint8_t *all = buffer(CHUNKS * CHUNK);
+    struct bn_error err = BN_ERROR_INIT;
+    struct bn_manifest *m = manifest();
+    struct bn_pack_writer *w;
+    int dirfd = new_folder(path, sizeof(path), 0);
+    fill_chunks(all);
+    assert_int_equal(bn_pack_writer_open(dirfd, m->key, CHUNKS, &(struct bn_pack_options){0}, &w, &err), 0);
+    assert_int_equal(bn_pack_writer_direct(w, 0, false, &err), 0);
+    const struct bn_disk_file *one = &w->lanes[0].file, *other = &w->lanes[1].file;
+    left = MUCH;
+    refused = 0;
+    struct bn_pack_lane *held = bn_pack_lane_take(w, 0, CHUNK, &err); /* somebody else is at work */
+    add(w, all, 0);
+    bn_pack_lane_done(w, held, 0);
+    bool reserves = other->direct >= 0 && other->reserved != UINT64_MAX;
+    assert_true(!reserves || other->reserved == BN_DISK_STEP);
+
+    left = little; /* meanwhile others have written */
+    add(w, all, 4);
+    assert_true(!reserves || (one->reserved == 4 * CHUNK && other->reserved == 3 * CHUNK));
+    assert_true(!reserves || left == little - 4 * (int64_t)CHUNK + (int64_t)(BN_DISK_STEP - 3 * CHUNK));
+    add(w, all, 8);
+    assert_true(!reserves || one->reserved == 7 * CHUNK);
+
+    left = MUCH; /* and it may be had again */
+    add(w, all, 12);
+    assert_true(!reserves || one->reserved == BN_DISK_STEP);
+    held = bn_pack_lane_take(w, 0, CHUNK, &err);
+    left = little;
+    add(w, all, 16);
+    assert_true(!reserves || (one->reserved == BN_DISK_STEP && other->reserved == 7 * CHUNK));
+    bn_pack_lane_done(w, held, 0);
+    assert_true(!reserves || one->reserved == 11 * CHUNK);
+    assert_int_equal(bn_pack_writer_finish(w, m, &err), 0);
+    assert_int_equal(refused, 0);
+    left = -1;
+    bn_pack_writer_close(w);
+    read_all(dirfd, m, all, 0);
+    bn_manifest_free(m);
+    remove_folder(path, dirfd);
+    free(all);
+}
+
 static void test_damaged_packs(void **state)
 {
     (void)state;
@@ -739,6 +829,7 @@ int main(void)
         cmocka_unit_test(test_refused),
         cmocka_unit_test(test_threads),
         cmocka_unit_test(test_packs),
+        cmocka_unit_test(test_nearly_full),
         cmocka_unit_test(test_damaged_packs),
         cmocka_unit_test(test_full),
     };
