@@ -3,6 +3,7 @@
 
 #include "base/cleanup.h"
 #include "base/io.h"
+#include "cli/setup.h"
 
 #include <ctype.h>
 #include <fcntl.h>
@@ -62,16 +63,9 @@ static bool configured_libdir(char *out, size_t cap)
 {
     bn_auto_free void *text = NULL;
     size_t len;
-    if (bn_read_file_at(AT_FDCWD, "/etc/criu/default.conf", 1u << 20, &text, &len) < 0)
+    if (bn_read_file_at(AT_FDCWD, SETUP_CRIU_CONFIG, 1u << 20, &text, &len) < 0)
         return false;
-    for (char *save = NULL, *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save)) {
-        char dir[PATH_MAX];
-        if (sscanf(line, " libdir %4095s", dir) == 1) {
-            snprintf(out, cap, "%s", dir);
-            return true;
-        }
-    }
-    return false;
+    return setup_criu_option(text, "libdir", out, cap);
 }
 
 static void check_plugin_folder(void)

@@ -63,5 +63,7 @@ void setup_remove_dirs(struct setup *s);
 void setup_agent_id(const void *data, size_t len, char out[64]);
 
 /* setup_criu.c: the plugin and CRIU's configuration. */
+/* Value of an option in the text of one ("option value" or "option=value" on a line of its own); the last one counts, as for CRIU. */
+bool setup_criu_option(const char *text, const char *option, char *out, size_t cap);
 void setup_criu_install(struct setup *s, const char *plugin_source);
 void setup_criu_uninstall(struct setup *s);

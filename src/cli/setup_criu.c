@@ -28,15 +28,14 @@ static char *without_block(const char *text)
     return out;
 }
 
-/* The value of an option in a configuration; the last one counts. */
-static bool option_value(const char *text, const char *option, char *out, size_t cap)
+bool setup_criu_option(const char *text, const char *option, char *out, size_t cap)
 {
     bn_auto_free char *copy = strdup(text);
     bool found = false;
     for (char *save = NULL, *line = copy ? strtok_r(copy, "\n", &save) : NULL; line;
          line = strtok_r(NULL, "\n", &save)) {
         char name[64], value[1024] = "";
-        if (sscanf(line, " %63s %1023s", name, value) >= 1 && strcmp(name, option) == 0) {
+        if (sscanf(line, " %63[^ \t=]%*1[ \t=]%1023s", name, value) >= 1 && strcmp(name, option) == 0) {
             snprintf(out, cap, "%s", value);
             found = true;
         }
@@ -184,10 +183,10 @@ void setup_criu_install(struct setup *s, const char *plugin_source)
         setup_fail(s, SETUP_CRIU_CONFIG, ENOMEM);
         return;
     }
-    bool named = option_value(rest, "libdir", users, sizeof(users));
+    bool named = setup_criu_option(rest, "libdir", users, sizeof(users));
     const char *dir = named ? users : default_dir(s);
     bool stock = has_file(s, dir, SETUP_STOCK_PLUGIN);
-    bool limited = option_value(rest, "ghost-limit", limit, sizeof(limit));
+    bool limited = setup_criu_option(rest, "ghost-limit", limit, sizeof(limit));
     snprintf(block, sizeof(block), "%s", limited ? "link-remap\n" : BLOCK_OPTIONS);
     if (named && stock) {
         remove_plugins(s, "");

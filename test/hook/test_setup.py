@@ -194,9 +194,10 @@ class Setup(unittest.TestCase):
                 self.assertEqual(self.read(CONF), mine + ("" if mine.endswith("\n") else "\n") + "evasive-devices\n")
 
     def test_own_ghost_limit(self):
-        self.write(CONF, "ghost-limit 1G\n")
-        self.bennu("install")
-        self.assertNotIn("64M", self.read(CONF))
+        for line in ("ghost-limit 1G\n", "ghost-limit=1G\n"):
+            self.write(CONF, line)
+            self.bennu("install")
+            self.assertNotIn("64M", self.read(CONF))
 
     def test_stock_plugin(self):
         """CRIU's own plugin stays where it is; CRIU is told to use the folder that has Bennu's alone."""
@@ -221,7 +222,14 @@ class Setup(unittest.TestCase):
         self.assertEqual(self.read(STOCK), "stock")
 
     def test_own_plugin_folder(self):
-        self.write(CONF, "libdir /opt/criu\n")
+        for line in ("libdir /opt/criu\n", "libdir=/opt/criu\n", "libdir /nowhere\n\tlibdir  /opt/criu \n"):
+            with self.subTest(line):
+                self.own_plugin_folder(line)
+
+    def own_plugin_folder(self, line):
+        self.write(CONF, line)
+        if os.path.exists(self.root + "/opt/criu"):
+            shutil.rmtree(self.root + "/opt/criu")
         os.makedirs(self.root + "/opt/criu")
         self.bennu("install")
         self.assertTrue(os.path.exists(self.root + "/opt/criu/bennu_plugin.so"))
@@ -232,7 +240,7 @@ class Setup(unittest.TestCase):
         self.assertIn("acts", done["/opt/criu"][1])
         self.assertFalse(os.path.exists(self.root + "/opt/criu/bennu_plugin.so"))
         self.bennu("uninstall")
-        self.assertEqual(self.read(CONF), "libdir /opt/criu\n")
+        self.assertEqual(self.read(CONF), line)
 
     def test_from_where_it_is_installed(self):
         """As a package's script calls it: the programs are there, nobody's build folder is."""
