@@ -191,7 +191,7 @@ class Bench:
         """The environment of a program under measurement: nothing of ours but the agent, if wanted."""
         e = {k: v for k, v in os.environ.items() if not k.startswith("BENNU_") and k != "LD_PRELOAD"}
         if self.simulated:
-            e["BENNU_DRIVER"] = self.driver
+            e.update(BENNU_DRIVER=self.driver, BENNU_SIM_DEVICES="2")
             if not agent:
                 e["LD_LIBRARY_PATH"] = str(self.bin / "sim")
         if agent:
@@ -298,10 +298,11 @@ class Bench:
         self.programs.append(program)
         return program
 
-    def hold(self, size, block, agent=True, seconds=120):
-        """bench-hold with that much GPU memory, filled."""
+    def hold(self, size, block, agent=True, seconds=120, gpu=None):
+        """bench-hold with that much GPU memory, filled. gpu: the one that it sees; None: all."""
         what = f"hold-{size_text(size)}".replace(" ", "")
-        program = self.start(what, [self.bin / "bench/bench-hold", "--kernels", ROOT / "sim/kernels.ptx", "--bytes", size, "--block", block],
+        where = [] if gpu is None else ["env", f"CUDA_VISIBLE_DEVICES={gpu}"]
+        program = self.start(what, [*where, self.bin / "bench/bench-hold", "--kernels", ROOT / "sim/kernels.ptx", "--bytes", size, "--block", block],
                              agent)
         self.say(f"{what}: {program.wait_for('^ready .*', 'its memory is filled', seconds)[0]}")
         return program
@@ -369,6 +370,9 @@ class Bench:
             return sum(found) * MIB
         used = self.gpu_memory_used()
         return None if used is None or idle is None else used - idle
+
+    def gpu_count(self):
+        return 2 if self.simulated else len(self.command(["nvidia-smi", "-L"], ok=False).splitlines())
 
     def gpu_memory_used(self):
         """Bytes in use on GPU 0, or None."""
