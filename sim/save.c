@@ -202,24 +202,26 @@ static int machine_device(const CUuuid *uuid)
     return -1;
 }
 
-/* Every device of the process must be listed, and no two may come to be one. */
+/* Every device of the machine must be listed, also those that the process was not shown, and no two may come to be one. */
 static bool remap_devices(const CUcheckpointGpuPair *pairs, unsigned count, int physical[SIM_MAX_DEVICES])
 {
-    unsigned taken = 0;
+    unsigned taken = 0, left = 0;
 
     memcpy(physical, sim.physical, sizeof(sim.physical));
     if (count == 0)
         return true;
-    if (count != (unsigned)sim.devices)
+    if (count != (unsigned)sim.machine_devices)
         return false;
     for (unsigned i = 0; i < count; i++) {
         int from = machine_device(&pairs[i].oldUuid), to = machine_device(&pairs[i].newUuid);
         int ordinal = from < 0 ? -1 : phys_ordinal(from);
 
-        if (ordinal < 0 || to < 0 || taken >> to & 1)
+        if (from < 0 || to < 0 || left >> from & 1 || taken >> to & 1)
             return false;
+        left |= 1u << from;
         taken |= 1u << to;
-        physical[ordinal] = to;
+        if (ordinal >= 0)
+            physical[ordinal] = to;
     }
     return true;
 }

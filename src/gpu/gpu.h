@@ -60,6 +60,9 @@ unsigned bn_gpu_count(const struct bn_gpu *gpu);
 const struct bn_gpu_info *bn_gpu_info(const struct bn_gpu *gpu, unsigned dev);
 /* Number of the device with this UUID, or -ENODEV. */
 int bn_gpu_find(const struct bn_gpu *gpu, const uint8_t uuid[16]);
+/* The UUIDs of all GPUs that the kernel's driver has, at most `max`, and how many: first ours, by number, then those that this process is not
+ * shown, as /proc/driver/nvidia has them (for the simulated driver the folder BENNU_SIM_PROC, if set). Any thread. */
+unsigned bn_gpu_machine(const struct bn_gpu *gpu, uint8_t (*uuids)[16], unsigned max);
 
 /* Create the device's context now (0.1 to 0.2 s) instead of at the first use. It then stays until
  * bn_gpu_close. */

@@ -25,6 +25,47 @@ static int choose(struct bn_gpu *gpu, const struct bn_image_gpu *want, const boo
                         info ? info->major : 0, info ? info->minor : 0);
 }
 
+/* From one GPU to another, for the driver. */
+static void pair(struct bn_place *out, const uint8_t from[16], const uint8_t to[16])
+{
+    struct bn_ckpt_pair *p = &out->pairs[out->npairs++];
+    memcpy(p->from, from, 16);
+    memcpy(p->to, to, 16);
+}
+
+static bool in_image(const struct bn_manifest *m, const uint8_t uuid[16])
+{
+    for (uint32_t g = 0; g < m->n_gpus; g++)
+        if (memcmp(m->gpus[g].uuid, uuid, 16) == 0)
+            return true;
+    return false;
+}
+
+/* Driver 580 wants every GPU that the kernel has named once on either side, also those that we are not shown
+ * (github.com/NVIDIA/cuda-checkpoint, issue 35). What the image did not use stays where it is, or, if that is taken, goes where the
+ * image was. */
+static void pair_all(struct bn_gpu *gpu, const struct bn_manifest *m, struct bn_place *out)
+{
+    uint8_t uuids[BN_MANIFEST_GPUS_MAX][16];
+    bool taken[BN_MANIFEST_GPUS_MAX] = {0};
+    unsigned n = bn_gpu_machine(gpu, uuids, BN_MANIFEST_GPUS_MAX), from = 0;
+    for (uint32_t g = 0; g < m->n_gpus; g++) {
+        taken[out->dev[g]] = true;
+        pair(out, m->gpus[g].uuid, uuids[out->dev[g]]);
+    }
+    for (unsigned d = 0; d < n; d++)
+        if (!taken[d] && !in_image(m, uuids[d]))
+            pair(out, uuids[d], uuids[d]);
+    for (unsigned d = 0; d < n; d++) {
+        if (taken[d] || !in_image(m, uuids[d]))
+            continue;
+        while (from < n && (!taken[from] || in_image(m, uuids[from])))
+            from++;
+        if (from < n)
+            pair(out, uuids[from++], uuids[d]);
+    }
+}
+
 int bn_place_gpus(struct bn_gpu *gpu, const struct bn_manifest *m, struct bn_place *out, struct bn_error *err)
 {
     bool taken[BN_MANIFEST_GPUS_MAX] = {0}, moved = false;
@@ -53,19 +94,6 @@ int bn_place_gpus(struct bn_gpu *gpu, const struct bn_manifest *m, struct bn_pla
     if (!moved)
         return 0;
 
-    /* The driver wants every GPU of the machine named once on either side (facts: driver 580). GPUs of this machine
-     * that the image did not use fill up whatever is free. */
-    for (uint32_t g = 0; g < m->n_gpus; g++) {
-        memcpy(out->pairs[g].from, m->gpus[g].uuid, 16);
-        memcpy(out->pairs[g].to, bn_gpu_info(gpu, out->dev[g])->uuid, 16);
-    }
-    out->npairs = m->n_gpus;
-    for (unsigned d = 0; d < count; d++) {
-        if (taken[d])
-            continue;
-        memcpy(out->pairs[out->npairs].from, bn_gpu_info(gpu, d)->uuid, 16);
-        memcpy(out->pairs[out->npairs].to, bn_gpu_info(gpu, d)->uuid, 16);
-        out->npairs++;
-    }
+    pair_all(gpu, m, out);
     return 0;
 }
