@@ -121,6 +121,8 @@ bool cli_have_driver(void);
 /* What a command's operand PID|CONTAINER means: digits are a process id, anything else is asked of Podman (`podman container
  * inspect`), as whose container's first process it is, seen from here. CLI_OK and *pid, or an exit code with the message printed. */
 int cli_process_operand(const char *text, pid_t *pid, bool as_json);
+/* -EBUSY: its cgroup is frozen (a paused container), so its agent would not answer. `text`: the operand. */
+int cli_check_thawed(const char *text, pid_t pid, struct bn_error *err);
 
 /* --- daemon.c ------------------------------------------------------------------------------------------------------------- */
 
@@ -221,8 +223,10 @@ void cli_trace_criu(uint64_t began_ns, uint64_t took_ns, int dir, const char *st
  * file cannot be written. */
 int cli_trace_end(int exit_code, struct bn_error *err);
 
-/* suspend.c: `type` is BN_CTL_SUSPEND or BN_CTL_RESUME; tier and flags are a suspend's. Returns the exit code. */
-int cli_suspend_or_resume(uint16_t type, pid_t pid, uint32_t tier, uint32_t flags, bool as_json, bool silent);
+/* suspend.c: `type` is BN_CTL_SUSPEND or BN_CTL_RESUME; `operand` names the process; tier and flags are a suspend's. Returns the exit
+ * code. */
+int cli_suspend_or_resume(uint16_t type, const char *operand, uint32_t tier, uint32_t flags, bool as_json,
+                          bool silent);
 
 /* --- criu.c --------------------------------------------------------------------------------------------------------------- */
 

@@ -1,6 +1,7 @@
 /* Which process is meant: by its id, or by the name of the container whose first process it is. */
 #include "cli/cli.h"
 
+#include "base/cgroup.h"
 #include "base/cleanup.h"
 
 #include <ctype.h>
@@ -80,4 +81,19 @@ int cli_process_operand(const char *text, pid_t *pid, bool as_json)
     if (cli_need_root(&err) < 0 || ask_podman(text, pid, &err) < 0)
         return cli_fail(CLI_FAILED, &err, as_json);
     return CLI_OK;
+}
+
+int cli_check_thawed(const char *text, pid_t pid, struct bn_error *err)
+{
+    char folder[512];
+    pid_t number;
+    if (!bn_cgroup_is_frozen(pid, folder, sizeof(folder)))
+        return 0;
+    if (cli_parse_pid(text, &number) < 0)
+        return bn_error_set(err, EBUSY, "container", "container '%s' is paused: 'podman unpause %s' first",
+                            text, text);
+    return bn_error_set(err, EBUSY, "process",
+                        "process %d is frozen with its cgroup %s: thaw that first ('podman unpause', if it "
+                        "is a container)",
+                        pid, cli_clean(folder));
 }

@@ -146,7 +146,7 @@ static int pre_dump(int argc, char **argv)
     int code = cli_process_operand(argv[0], &pid, json);
     if (code != CLI_OK)
         return code;
-    if (cli_check_process(pid, false, &err) < 0)
+    if (cli_check_process(pid, false, &err) < 0 || (!drop && cli_check_thawed(argv[0], pid, &err) < 0))
         return cli_fail(CLI_FAILED, &err, json);
     bn_auto_fd sock = cli_daemon_connect(&err);
     if (sock < 0)

@@ -12,11 +12,7 @@ static const struct cli_option options[] = {
 
 static int resume(int argc, char **argv)
 {
-    pid_t pid;
-    int code = cli_process_operand(argv[0], &pid, json);
-    if (code != CLI_OK)
-        return code;
-    return cli_suspend_or_resume(BN_CTL_RESUME, pid, 0, 0, json, quiet);
+    return cli_suspend_or_resume(BN_CTL_RESUME, argv[0], 0, 0, json, quiet);
 }
 
 const struct cli_command cli_resume = {

@@ -21,7 +21,8 @@ static const struct cli_option options[] = {
 };
 
 /* Both are one request that is answered with a table of phases. */
-int cli_suspend_or_resume(uint16_t type, pid_t pid, uint32_t tier, uint32_t flags, bool as_json, bool silent)
+int cli_suspend_or_resume(uint16_t type, const char *operand, uint32_t tier, uint32_t flags, bool as_json,
+                          bool silent)
 {
     struct bn_error err = BN_ERROR_INIT;
     struct bn_reader reply;
@@ -29,10 +30,15 @@ int cli_suspend_or_resume(uint16_t type, pid_t pid, uint32_t tier, uint32_t flag
     bn_auto_writer body = {0};
     bn_auto_free void *buf = malloc(BN_CTL_MSG_MAX);
     bn_auto_fd sock = -1;
+    pid_t pid;
     if (!buf)
         return CLI_FAILED;
+    int code = cli_process_operand(operand, &pid, as_json);
+    if (code != CLI_OK)
+        return code;
     const char *name = type == BN_CTL_SUSPEND ? "suspend" : "resume";
-    if (cli_trace_open(name, &err) < 0 || cli_check_process(pid, false, &err) < 0)
+    if (cli_trace_open(name, &err) < 0 || cli_check_process(pid, false, &err) < 0 ||
+        cli_check_thawed(operand, pid, &err) < 0)
         return cli_fail(CLI_FAILED, &err, as_json);
     sock = cli_daemon_connect(&err);
     if (sock < 0)
@@ -47,7 +53,6 @@ int cli_suspend_or_resume(uint16_t type, pid_t pid, uint32_t tier, uint32_t flag
     int r = bn_ctl_call(sock, type, &body, NULL, 0, cli_progress_event, progress, buf, &reply, &err);
     uint64_t took = bn_now_ns() - began;
     cli_progress_free(progress);
-    int code = CLI_OK;
     if (r < 0) /* ENODATA: no CUDA in it */
         code = err.code == ENODATA ? CLI_REFUSED : cli_daemon_exit_code(&err);
     else
@@ -82,15 +87,11 @@ static uint32_t tier_of(const char *name)
 
 static int suspend(int argc, char **argv)
 {
-    pid_t pid;
     uint32_t tier = tier_of(to);
     if (!tier)
         return cli_usage("'%s' is no tier: gpu, host and disk are", to);
-    int code = cli_process_operand(argv[0], &pid, json);
-    if (code != CLI_OK)
-        return code;
-    return cli_suspend_or_resume(BN_CTL_SUSPEND, pid, tier, keep_context ? BN_CTL_F_KEEP_CONTEXT : 0, json,
-                                 quiet);
+    return cli_suspend_or_resume(BN_CTL_SUSPEND, argv[0], tier, keep_context ? BN_CTL_F_KEEP_CONTEXT : 0,
+                                 json, quiet);
 }
 
 const struct cli_command cli_suspend = {

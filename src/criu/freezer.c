@@ -1,8 +1,9 @@
 /* Kubernetes' runtimes freeze a container's cgroup before they call CRIU, but GPU memory can only be taken from processes that
  * run. So the groups are thawed while that is done, and left as they were found.
- * Files: Documentation/admin-guide/cgroup-v2.rst (cgroup.freeze, cgroup.events), cgroup-v1/freezer-subsystem.rst. */
+ * Files: see base/cgroup.h. */
 #include "criu/plugin.h"
 
+#include "base/cgroup.h"
 #include "base/cleanup.h"
 #include "base/io.h"
 
@@ -13,17 +14,6 @@
 #include <time.h>
 
 #define WAIT_MS 5000
-
-/* Content of `dir`/`file`, or "". */
-static void read_control(const char *dir, const char *file, char *out, size_t cap)
-{
-    char path[600];
-    snprintf(path, sizeof(path), "%s/%s", dir, file);
-    *out = 0;
-    bn_auto_fd fd = open(path, O_RDONLY | O_CLOEXEC);
-    ssize_t n = fd < 0 ? -1 : read(fd, out, cap - 1);
-    out[n > 0 ? n : 0] = 0;
-}
 
 static int write_control(const char *dir, const char *file, const char *value)
 {
@@ -39,7 +29,7 @@ static int write_control(const char *dir, const char *file, const char *value)
 static bool asks_for_freeze(const char *dir, bool v2)
 {
     char text[64];
-    read_control(dir, v2 ? "cgroup.freeze" : "freezer.self_freezing", text, sizeof(text));
+    bn_cgroup_read(dir, v2 ? "cgroup.freeze" : "freezer.self_freezing", text, sizeof(text));
     return text[0] == '1';
 }
 
@@ -48,7 +38,7 @@ static bool in_force(const char *leaf, bool v2, bool frozen)
     char text[256];
     if (!*leaf)
         return true;
-    read_control(leaf, v2 ? "cgroup.events" : "freezer.state", text, sizeof(text));
+    bn_cgroup_read(leaf, v2 ? "cgroup.events" : "freezer.state", text, sizeof(text));
     if (v2)
         return strstr(text, frozen ? "frozen 1" : "frozen 0") != NULL;
     return strncmp(text, frozen ? "FROZEN" : "THAWED", 6) == 0;
@@ -74,64 +64,14 @@ static int set_frozen(const char *dir, bool v2, bool frozen)
     return write_control(dir, "freezer.state", frozen ? "FROZEN" : "THAWED");
 }
 
-/* Path of `pid` in the hierarchy: v2, or v1 with the freezer. */
-static bool group_of(pid_t pid, bool v2, char *out, size_t cap)
-{
-    char name[64];
-    snprintf(name, sizeof(name), "/proc/%d/cgroup", pid);
-    bn_auto_file FILE *f = fopen(name, "re");
-    bn_auto_free char *line = NULL;
-    size_t size = 0;
-    while (f && getline(&line, &size, f) > 0) {
-        char *controllers = strchr(line, ':');
-        char *path = controllers ? strchr(controllers + 1, ':') : NULL;
-        if (!path)
-            continue;
-        *path++ = 0;
-        path[strcspn(path, "\n")] = 0;
-        bool right = v2 ? strcmp(line, "0:") == 0 : strcmp(controllers, ":freezer") == 0;
-        if (right && snprintf(out, cap, "%s", path) < (int)cap)
-            return !strstr(path, "/..");
-    }
-    return false;
-}
-
-/* Where that hierarchy is mounted, and which of its folders is at the mount point. */
-static bool mount_of(bool v2, char *point, char *root, size_t cap)
-{
-    bn_auto_file FILE *f = fopen("/proc/self/mountinfo", "re");
-    bn_auto_free char *line = NULL;
-    size_t size = 0;
-    while (f && getline(&line, &size, f) > 0) {
-        char r[512], p[512], type[64], super[512];
-        const char *rest = strstr(line, " - ");
-        if (!rest || sscanf(line, "%*s %*s %*s %511s %511s", r, p) != 2 ||
-            sscanf(rest, " - %63s %*s %511s", type, super) != 2)
-            continue;
-        bool right =
-            v2 ? strcmp(type, "cgroup2") == 0 : strcmp(type, "cgroup") == 0 && strstr(super, "freezer");
-        if (right && strlen(r) < cap && strlen(p) < cap) {
-            strcpy(root, r);
-            strcpy(point, p);
-            return true;
-        }
-    }
-    return false;
-}
-
 static void thaw_in(pid_t pid, bool v2, struct bnp_thaw *t, struct bn_error *err)
 {
-    char group[512], point[512], root[512], dir[1024];
-    if (!group_of(pid, v2, group, sizeof(group)) || !mount_of(v2, point, root, sizeof(point)))
-        return;
-    size_t skip = strcmp(root, "/") == 0 ? 0 : strlen(root);
-    if (skip && strncmp(group, root, skip) != 0)
-        return;
-    if (snprintf(dir, sizeof(dir), "%s%s", point, group + skip) >= (int)sizeof(t->leaf[0]))
+    char dir[sizeof(t->leaf[0])];
+    size_t floor;
+    if (bn_cgroup_folder(pid, v2, dir, sizeof(dir), &floor) < 0)
         return;
     strcpy(t->leaf[v2], dir);
     /* The group itself or any above it may be the one that was frozen. */
-    size_t floor = strlen(point);
     while (strlen(dir) > floor && t->n < BNP_FROZEN_MAX) {
         if (asks_for_freeze(dir, v2)) {
             int r = set_frozen(dir, v2, false);

@@ -15,6 +15,8 @@ import unittest
 import common
 import fake_bennud
 from common import Case, as_root
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "lib"))
+from waiting import wait_for  # noqa: E402
 
 COMMANDS = ["run", "dump", "restore", "suspend", "resume", "ps", "inspect", "check"]
 
@@ -322,6 +324,44 @@ class Containers(Case):
                     self.fails(1, command, "llm", says=says)
         with open(self.path("asked"), encoding="utf-8") as asked:
             self.assertEqual(asked.read(), "container inspect --format bennu-pid={{.State.Pid}} {{.State.Status}} llm\n")
+
+    def group(self):
+        """A control group of the test's own, of version 2."""
+        for base in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"):
+            group = os.path.join(base, os.path.basename(self.dir))
+            with contextlib.suppress(OSError):
+                os.mkdir(group)
+                self.addCleanup(os.rmdir, group)
+                if os.path.exists(os.path.join(group, "cgroup.freeze")):
+                    return group
+        return self.skipTest("no control group with a freezer can be made here")
+
+    def test_paused(self):
+        group = self.group()
+
+        def write(name, what):
+            with open(os.path.join(group, name), "w", encoding="utf-8") as f:
+                f.write(str(what))
+
+        def is_frozen():
+            with open(os.path.join(group, "cgroup.events"), encoding="utf-8") as f:
+                return "frozen 1" in f.read()
+        process = subprocess.Popen(["sleep", "1000"])
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        self.addCleanup(write, "cgroup.freeze", 0)
+        self.podman(f"bennu-pid={process.pid} paused\n")
+        write("cgroup.procs", process.pid)
+        write("cgroup.freeze", 1)
+        wait_for(is_frozen, "the group is frozen")
+        for command in ("suspend", "resume", "pre-dump"):
+            with self.subTest(command):
+                self.fails(1, command, "llm", says="container 'llm' is paused: 'podman unpause llm' first")
+                self.fails(1, command, process.pid, says=(f"process {process.pid} is frozen with its cgroup {group}", "podman unpause"))
+                self.assertEqual(self.fails_in_json(1, command, "llm")["stage"], "container")
+        self.fails(4, "pre-dump", "--drop", "llm")  # needs nothing of it
+        write("cgroup.freeze", 0)
+        self.fails(4, "suspend", "llm", says="bennud is not running")
 
     def test_its_process_is_meant(self):
         self.podman(f"bennu-pid={os.getpid()} running\n", errors="WARN: something else\n")

@@ -138,6 +138,22 @@ class Options(Case):
         self.assertIn("take-over", [p["name"] for p in self.manifest(c.checkpoint_dir)["phases"]])
         c.restore()
 
+    def test_paused(self):
+        """Its agent would not answer: that is said at once, and nothing is touched."""
+        c = self.container().run()
+        c.podman("pause", c.name)
+        for command in ("suspend", "resume", "pre-dump"):
+            done = subprocess.run([BENNU, command, c.name], capture_output=True, text=True, check=False)
+            self.assertEqual(done.returncode, 1, done.stderr)
+            self.assertEqual(done.stderr, f"bennu {command}: container '{c.name}' is paused: 'podman unpause {c.name}' first\n")
+        c.podman("unpause", c.name)
+        call(BENNU, "suspend", c.name)
+        c.podman("pause", c.name)
+        self.assertNotEqual(subprocess.run([BENNU, "resume", c.name], capture_output=True, check=False).returncode, 0)
+        c.podman("unpause", c.name)
+        call(BENNU, "resume", c.name)
+        c.go_on()
+
     def test_pre_checkpoint(self):
         """Host memory ahead of a checkpoint: where the kernel cannot tell which was written since, Podman refuses and nothing happens."""
         c = self.container().run()
