@@ -7,6 +7,7 @@ import signal
 
 import harness
 from harness import ODD, Case, wait_for
+from gpu_machine import write_simulated_gpus
 
 UNITS = {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 MIB = 1 << 20
@@ -111,22 +112,10 @@ class Places(Gpus):
             self.ok("resume", program.pid)
             program.go_on()
 
-    def machine_has_all(self):
-        """What the kernel's driver would say to a daemon that is shown some."""
-        name = 5381
-        for c in self.machine.encode():
-            name = (name * 33 + c) & 0xffffffff
-        self.env["BENNU_SIM_PROC"] = self.path("gpus")
-        for gpu in range(self.gpus):
-            os.makedirs(self.path("gpus", f"0000:0{gpu}:00.0"))
-            uuid = b"SIMGPU\0\0" + name.to_bytes(4, "little") + bytes([0, 0, 0x40, gpu])
-            with open(self.path("gpus", f"0000:0{gpu}:00.0", "information"), "w", encoding="ascii") as f:
-                f.write(f"Model: \t\t Simulated GPU\nIRQ:   \t\t 1\nGPU UUID: \t GPU-{uuid[:4].hex()}-{uuid[4:6].hex()}-{uuid[6:8].hex()}-"
-                        f"{uuid[8:10].hex()}-{uuid[10:].hex()}\nVideo BIOS: \t ?\n")
-
     def test_on_another_gpu(self):
         """The program knows of one GPU, which becomes another; from then on that is where its memory is."""
-        self.machine_has_all()
+        self.env["BENNU_SIM_PROC"] = self.path("gpus")
+        write_simulated_gpus(self.path("gpus"), self.machine, self.gpus)
         self.restart_daemon()
         idle = self.used()
         program = self.memcheck(env={"CUDA_VISIBLE_DEVICES": "0"})

@@ -22,7 +22,7 @@ import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT / "test/lib"))
-from gpu_machine import find_driver, tail  # noqa: E402,F401
+from gpu_machine import find_driver, tail, write_simulated_gpus  # noqa: E402,F401
 
 TESTS = ROOT / "test/gpu"
 PR_SET_CHILD_SUBREAPER = 36
@@ -114,20 +114,21 @@ class Program:
 
 
 class Suite:
-    def __init__(self, name):
+    def __init__(self, name, devices=1, budget=570):
+        """devices: that the simulated driver has."""
         p = argparse.ArgumentParser(prog=name)
         p.add_argument("--sim", metavar="BUILD", help="run on the simulated driver of this build folder, at small sizes")
         p.add_argument("--bundle", default=str(ROOT / ".gpu"), help="folder that test/gpu/bundle made (default: .gpu)")
         p.add_argument("--out", default=os.environ.get("OUT"), help="folder of the results (default: $OUT, else a new one in /tmp)")
         p.add_argument("--images", help="folder of the checkpoints (default: a tmpfs made for them)")
-        p.add_argument("--budget", type=float, default=570, help="begin no step that is expected to end later than this (s)")
+        p.add_argument("--budget", type=float, default=budget, help="begin no step that is expected to end later than this (s)")
         p.add_argument("--only", default="", help="names of steps, comma-separated")
         p.add_argument("--skip", default="", help="names of steps, comma-separated")
         p.add_argument("--quick", action="store_true", help="smaller sizes")
         p.add_argument("--list", action="store_true", help="list the steps and end")
         self.args = p.parse_args()
         self.began = time.monotonic()
-        self.sim = bool(self.args.sim)
+        self.sim, self.devices = bool(self.args.sim), devices
         self.results, self.rows, self.notes, self.programs, self.steps = [], [], {}, [], []
         if self.args.list:
             return
@@ -138,6 +139,8 @@ class Suite:
         self.details = self.work / "details"
         self.details.mkdir()
         self.rundir = self.work / "run"
+        if self.sim:
+            write_simulated_gpus(self.work / "gpus", f"gpu-tests{os.getpid()}", devices)
         self.bin = pathlib.Path(self.args.sim or self.args.bundle).resolve()
         self.bennu, self.bennud = self.bin / "src/cli/bennu", self.bin / "src/daemon/bennud"
         self.agent = self.bin / "src/agent/libbennu.so"
@@ -166,7 +169,8 @@ class Suite:
         e = {k: v for k, v in os.environ.items() if not k.startswith("BENNU_") and k != "LD_PRELOAD"}
         if self.sim:
             e["BENNU_DRIVER"] = str(self.bin / "sim/libcuda.so.1")
-            e.update(BENNU_SIM_MACHINE=f"gpu-tests{os.getpid()}", BENNU_SIM_MEMORY="1G")
+            e.update(BENNU_SIM_MACHINE=f"gpu-tests{os.getpid()}", BENNU_SIM_MEMORY="1G", BENNU_SIM_DEVICES=str(self.devices),
+                     BENNU_SIM_PROC=str(self.work / "gpus"))
             if not agent:
                 e["LD_LIBRARY_PATH"] = str(self.bin / "sim")
         if agent:
@@ -227,12 +231,14 @@ class Suite:
 
     # ---- daemon ----
 
-    def start_daemon(self, *options):
+    def start_daemon(self, *options, visible=None):
+        """visible: the GPUs that it sees, as CUDA_VISIBLE_DEVICES has them; None: as here."""
         self.stop_daemon()
+        env = {**self.own_env(), **({"CUDA_VISIBLE_DEVICES": visible} if visible else {})}
         self.rundir.mkdir(exist_ok=True)
         self.daemon_log = self.details / "bennud.log"
         with open(self.daemon_log, "ab") as log:
-            self.daemon = subprocess.Popen([self.bennud, "--rundir", self.rundir, *options], env=self.own_env(), cwd=self.work,
+            self.daemon = subprocess.Popen([self.bennud, "--rundir", self.rundir, *options], env=env, cwd=self.work,
                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         began = time.monotonic()
         while time.monotonic() - began < 60:
