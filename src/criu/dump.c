@@ -108,6 +108,13 @@ static int begin(pid_t root)
     enum bnp_cuda cuda = bnp_tree_cuda(root, &who);
     if (cuda == BNP_CUDA_NO || stock_plugin_present())
         return -ENOTSUP;
+    if (bnp_shm_would_be_replaced(root)) {
+        bnp_log(BNP_ERROR,
+                "this container has the machine's /dev/shm (--ipc=host), where Podman's restore would "
+                "replace all "
+                "files, its own locks among them: start it without --ipc=host, and with --shm-size");
+        return -EBUSY;
+    }
 
     struct bn_error err = BN_ERROR_INIT;
     bn_auto_fd sock = bnp_daemon_open(&err);

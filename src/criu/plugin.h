@@ -57,6 +57,10 @@ void bnp_restore_exit(int ret);
 /* In init() of a restore: an image of ours that runc restores gets the cgroup that runc wants for it. */
 void bnp_restore_cgroup(void);
 
+/* --- shm.c --- */
+/* Would the restore of this container replace what is in the machine's /dev/shm? */
+bool bnp_shm_would_be_replaced(pid_t root);
+
 /* --- dump.c --- */
 void bnp_dump_reset(void);
 bool bnp_dump_active(void);

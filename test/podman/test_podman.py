@@ -176,6 +176,19 @@ class Options(Case):
                 c.restore()
             self.assertEqual(echo.connections, 1)
 
+    def test_shm_of_the_host(self):
+        """Podman's restore would replace all files in the machine's /dev/shm, its own locks among them, and hang from then on."""
+        shared = self.container("shared", tcp=False).run("--ipc=host")
+        for args in ((), ("--leave-running",), ("--export", self.path("c.tar"))):
+            self.assertNotEqual(shared.podman_says("container", "checkpoint", *args, shared.name).returncode, 0)
+            self.assertRegex(text_of(f"{shared.bundle}/dump.log"), r"Error \(bennu\): .*--shm-size")
+            shared.go_on()
+        self.assertTrue(agents_in(shared.pid))
+        own = self.container("own", tcp=False).run("--shm-size=200m", "--volume=/dev/shm:/mnt")
+        own.checkpoint()
+        own.restore()
+        shared.go_on()
+
     def test_connection_lost_without_option(self):
         """Refused before anything is lost."""
         c = self.container().run()
