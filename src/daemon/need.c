@@ -40,26 +40,33 @@ static void forget(struct listeners *l)
     l->n = 0;
 }
 
-static bool is_foreign(const struct daemon *d, struct bn_agent *agent)
+static bool is_foreign(const struct daemon *d, const struct bn_agent_page *page)
 {
-    struct bn_agent_page page;
-    if (bn_agent_page(agent, &page) < 0 || page.gpu_count == 0) /* not known yet */
-        return false;
-    for (uint32_t i = 0; i < page.gpu_count; i++)
-        if (bn_gpu_find(d->env.gpu, page.gpu[i].uuid) >= 0)
+    for (uint32_t i = 0; i < page->gpu_count; i++)
+        if (bn_gpu_find(d->env.gpu, page->gpu[i].uuid) >= 0)
             return false;
     return true;
+}
+
+static void find(const struct daemon *d, struct listener *at)
+{
+    struct bn_agent_page page;
+    if (!bn_target_maps_driver(at->pid) || bn_agent_find(at->pid, &at->agent) < 0)
+        return;
+    if (bn_agent_page(at->agent, &page) == 0 && page.gpu_count > 0) {
+        at->foreign = is_foreign(d, &page);
+        return;
+    }
+    bn_agent_free(at->agent); /* it has just begun */
+    at->agent = NULL;
 }
 
 /* To its agent, if it has one by now. */
 static void tell(const struct daemon *d, struct listener *at, uint32_t hot)
 {
-    if (!at->agent) {
-        if (!bn_target_maps_driver(at->pid) || bn_agent_find(at->pid, &at->agent) < 0)
-            return;
-        at->foreign = is_foreign(d, at->agent);
-    }
-    if (!at->foreign)
+    if (!at->agent)
+        find(d, at);
+    if (at->agent && !at->foreign)
         (void)!bn_agent_announce_hot(at->agent, hot); /* too old, or gone */
 }
 

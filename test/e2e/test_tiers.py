@@ -1,5 +1,6 @@
 """Suspended to each of the tiers: where the bytes are meanwhile, and that every one of them is back afterwards."""
 
+import contextlib
 import os
 import signal
 import stat
@@ -305,6 +306,28 @@ class Wanted(TierCase):
         self.assertIn("CUDA error 2", harness.text_of(other.err))
         self.ok("resume", first.pid)
         first.go_on()
+
+    def test_programs_on_other_gpus_hear_nothing(self):
+        """They are another daemon's business: an answer that there is nothing would end their wait for its memory."""
+        self.start_daemon()
+        machine = f"{self.machine}-other"
+
+        def forget():
+            other.popen.kill()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"/dev/shm/cuda-sim.{machine}")
+        other = self.start(ODD, "hold", 20, env={"BENNU_SIM_MACHINE": machine})
+        self.addCleanup(forget)
+        rests, runs = self.start(ODD, "hold", 100), self.start(ODD, "hold", 20)
+        self.ok("suspend", "--to", "gpu", rests.pid)
+
+        def heard():
+            return harness.agent_word(runs.pid, harness.NEED_HOT)
+        wait_for(heard, "a program has heard of memory that rests", runs.trouble)
+        twice = heard() + 2  # all others have been looked at meanwhile
+        wait_for(lambda: heard() >= twice, "it has heard again", runs.trouble)
+        self.assertEqual(harness.agent_word(other.pid, harness.NEED_HOT), 0)
+        other.kill()
 
     def test_after_a_worker_was_killed(self):
         self.start_daemon()
