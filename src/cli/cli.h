@@ -235,7 +235,8 @@ int cli_suspend_or_resume(uint16_t type, const char *operand, uint32_t tier, uin
 struct cli_criu {
     char path[PATH_MAX];
     char plugin_dir[PATH_MAX];
-    int version; /* 40101 = 4.1.1 */
+    int version;     /* 40101 = 4.1.1 */
+    bool lazy_pages; /* a restore: CRIU leaves host memory to the daemon */
 };
 
 /* Find CRIU and Bennu's plugin for it. */

@@ -139,7 +139,7 @@ int cli_criu_find(struct cli_criu *criu, struct bn_error *err)
 
 /* `libdir` in /etc/criu/default.conf goes before CRIU_LIBS_DIR, and then our plugin would silently be left out: a configuration
  * file of our own comes after that one. CRIU inherits the descriptor. */
-static int set_plugin_dir(const struct cli_criu *criu, struct bn_error *err)
+static int set_config(const struct cli_criu *criu, struct bn_error *err)
 {
     const char *users = getenv("CRIU_CONFIG_FILE");
     bn_auto_free void *text = NULL;
@@ -149,20 +149,22 @@ static int set_plugin_dir(const struct cli_criu *criu, struct bn_error *err)
         return bn_error_set(err, errno, "criu", "cannot read %s, which CRIU_CONFIG_FILE names: %m", users);
     int fd = memfd_create("bennu-criu-config", 0);
     if (fd < 0 || bn_write_full(fd, text, len) < 0 ||
-        dprintf(fd, "%slibdir %s\n", len ? "\n" : "", criu->plugin_dir) < 0) {
+        dprintf(fd, "%slibdir %s\n%s", len ? "\n" : "", criu->plugin_dir,
+                criu->lazy_pages ? "lazy-pages\n" : "") < 0) {
         bn_close(fd);
         return bn_error_set(err, errno, "criu", "cannot write CRIU's configuration: %m");
     }
     snprintf(path, sizeof(path), "/proc/%d/fd/%d", getpid(), fd);
     if (setenv("CRIU_LIBS_DIR", criu->plugin_dir, 1) < 0 || setenv("CRIU_CONFIG_FILE", path, 1) < 0 ||
-        setenv("BENNU_RUNDIR", cli_rundir(), 1) < 0) /* for the plugin */
+        setenv("BENNU_RUNDIR", cli_rundir(), 1) < 0 || /* this and the next for the plugin */
+        (criu->lazy_pages ? setenv("BENNU_LAZY_PAGES", "1", 1) : unsetenv("BENNU_LAZY_PAGES")) < 0)
         return bn_error_set(err, errno, "criu", "cannot set the environment: %m");
     return 0;
 }
 
 int cli_criu_setup(const struct cli_criu *criu, int images, int work, const char *log, struct bn_error *err)
 {
-    int r = set_plugin_dir(criu, err);
+    int r = set_config(criu, err);
     if (r < 0)
         return r;
     if (criu_init_opts() < 0 || criu_set_service_binary(criu->path) < 0 || criu_set_log_file(log) < 0)

@@ -4,6 +4,7 @@
 #include "base/cleanup.h"
 #include "base/io.h"
 #include "base/proc.h"
+#include "store/host_pages.h"
 #include "store/image_dir.h"
 #include "store/pack.h"
 
@@ -12,18 +13,24 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 
 #define LOG_FILE "restore.log"
 #define COLLECT_MS 3000
 
-static bool detach, json, quiet;
+/* Host memory: less is read by CRIU alone as fast. */
+#define MUCH_MEMORY (UINT64_C(128) << 20)
+
+static bool detach, json, quiet, criu_alone;
 static const char *pidfile;
 
 static const struct cli_option options[] = {
     {"detach", 'd', CLI_FLAG, NULL, &detach,
      "return as soon as the program runs again, and print its process id"},
     {"pidfile", 'p', CLI_STRING, "FILE", &pidfile, "write the process id to FILE"},
+    {"criu-memory", 0, CLI_FLAG, NULL, &criu_alone,
+     "let CRIU alone read host memory, not several threads of bennud's"},
     CLI_TRACE_OPTION,
     {"json", 'j', CLI_FLAG, NULL, &json, "print the result as one JSON object"},
     {"quiet", 'q', CLI_FLAG, NULL, &quiet, "print nothing but errors"},
@@ -36,6 +43,7 @@ struct restore {
     bool have_record;
     struct cli_record record;
     struct bn_manifest *manifest;
+    struct bn_host_pages pages;
     struct cli_criu criu;
     int work;
     char work_path[64];
@@ -80,6 +88,11 @@ static int check_image(struct restore *r, struct bn_error *err)
         return bn_error_set(err, EBADMSG, "image", "the checkpoint %s is damaged: %s makes no sense", r->path,
                             CLI_RECORD_FILE);
     r->have_record = rc == 0;
+    struct bn_error why = BN_ERROR_INIT;
+    rc = bn_host_pages_survey(r->dir, &r->pages, &why);
+    if (rc < 0)
+        return bn_error_set(err, why.code, why.stage, "the checkpoint %s cannot be used: %s", r->path,
+                            why.text);
     rc = bn_image_load(r->dir, &r->manifest, err);
     if (rc == 0)
         return check_packs(r, err);
@@ -140,6 +153,20 @@ static int check_criu(struct restore *r, struct bn_error *err)
     return 0;
 }
 
+static bool kernel_has_userfaultfd(void)
+{
+    bn_auto_fd fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    return fd >= 0;
+}
+
+/* Is there so much host memory that more than CRIU's one thread should read it? CRIU then cannot let processes share pages, as those
+ * do that have forked, so there must be few that could be shared. */
+static bool leave_memory(const struct restore *r)
+{
+    return r->manifest && !criu_alone && r->pages.bytes >= MUCH_MEMORY &&
+           r->pages.common <= r->pages.bytes / 8 && kernel_has_userfaultfd();
+}
+
 /* CRIU's log and statistics of a restore do not belong into the checkpoint, which may be read-only. */
 static int make_work(struct restore *r, struct bn_error *err)
 {
@@ -156,8 +183,8 @@ static void remove_work(struct restore *r, bool keep_log)
 {
     if (!r->work_path[0])
         return;
-    static const char *const left[] = {"stats-restore", LOG_FILE};
-    for (size_t i = 0; i < BN_ARRAY_SIZE(left) && !(keep_log && i == 1); i++)
+    static const char *const left[] = {"stats-restore", "lazy-pages.socket", LOG_FILE};
+    for (size_t i = 0; i < BN_ARRAY_SIZE(left) - (keep_log ? 1 : 0); i++)
         unlinkat(r->work, left[i], 0);
     rmdir(r->work_path); /* fails, as it should, while something is left in it */
 }
@@ -280,6 +307,7 @@ static pid_t bring_back(struct restore *r, int *sock, struct bn_error *err)
 {
     struct cli_watch *watch = NULL;
     struct bn_error session = BN_ERROR_INIT;
+    r->criu.lazy_pages = leave_memory(r);
     if (make_work(r, err) < 0 || cli_criu_setup(&r->criu, r->dir, r->work, LOG_FILE, err) < 0 ||
         hand_over_stdio(r, err) < 0)
         return -EIO;

@@ -17,13 +17,16 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 
 #define FAILED_END_SECONDS 5
 #define COLLECT_MS 10000
-#define STILL_RESTORING 1 /* no value that CRIU hands to exit() */
+#define LAZY_PAGES_SOCKET "lazy-pages.socket" /* CRIU's name for it */
+#define STILL_RESTORING 1                     /* no value that CRIU hands to exit() */
 
 struct task {
     pid_t pid;
@@ -71,14 +74,30 @@ static int fail(const char *what, const struct bn_error *err)
     return err->code > 0 ? -err->code : -EIO;
 }
 
+/* bennu(1) runs CRIU with "lazy-pages": CRIU will connect to a socket of that name in its working directory, in which it is now. The
+ * daemon is to take that. */
+static int lazy_pages_socket(struct bn_error *err)
+{
+    struct sockaddr_un name = {.sun_family = AF_UNIX, .sun_path = LAZY_PAGES_SOCKET};
+    bn_auto_fd sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (sock < 0 || bind(sock, (struct sockaddr *)&name, sizeof(name)) < 0 || listen(sock, 1) < 0)
+        return bn_error_set(err, errno, "host-memory", "cannot make " LAZY_PAGES_SOCKET ": %m");
+    return BN_TAKE_FD(sock);
+}
+
 static int begin(int dir, unsigned flags)
 {
     struct bn_error err = BN_ERROR_INIT;
     bn_auto_fd sock = bnp_daemon_open(&err);
     if (sock < 0)
         return fail("this image holds GPU state", &err);
+    bool lazy = getenv("BENNU_LAZY_PAGES") && !(flags & BN_CTL_F_STOCK_IMAGE);
+    bn_auto_fd pages = lazy ? lazy_pages_socket(&err) : -1;
+    if (lazy && pages < 0)
+        return fail("cannot restore host memory", &err);
     unsigned processes = 0;
-    if (bnp_call(sock, BN_CTL_RESTORE_BEGIN, &flags, 1, dir, &processes, &err) < 0)
+    if (bnp_call_fds(sock, BN_CTL_RESTORE_BEGIN, &flags, 1, (int[]){dir, pages}, lazy ? 2 : 1, &processes,
+                     &err) < 0)
         return fail("cannot restore the GPU state", &err);
     /* An image of the stock plugin: nobody knows before the processes are there. */
     if (processes > 0 || flags & BN_CTL_F_STOCK_IMAGE)

@@ -608,8 +608,9 @@ static int on_restore_begin(struct client *c, struct request *rq, struct bn_writ
     struct bn_error why;
     do { /* what rests on the GPUs makes way */
         why = (struct bn_error)BN_ERROR_INIT;
-        r = bn_restore_begin(&c->d->env, rq->fd, flags & BN_CTL_F_STOCK_IMAGE ? BN_RESTORE_STOCK : 0,
-                             c->report, &c->restore, &why);
+        r = bn_restore_begin(&c->d->env, rq->fd, rq->second,
+                             flags & BN_CTL_F_STOCK_IMAGE ? BN_RESTORE_STOCK : 0, c->report, &c->restore,
+                             &why);
     } while (r == -ENOMEM && bn_let_go(c->d, NULL));
     if (r < 0) {
         bn_error_set(err, r, why.stage, "%s", why.text);

@@ -6,6 +6,7 @@
 #include "checkpoint/copies.h"
 #include "gpu/hash.h"
 #include "image/manifest.h"
+#include "restore/host_fill.h"
 #include "restore/place.h"
 #include "restore/verify.h"
 #include "store/image_dir.h"
@@ -26,7 +27,8 @@ struct bn_restore {
     struct bn_pack_reader *reader;
     struct bn_place place;
     struct bn_copies copies;
-    struct load *loads; /* one a part */
+    struct bn_host_fill *host; /* NULL: CRIU reads it */
+    struct load *loads;        /* one a part */
     size_t nloads;
 };
 
@@ -172,7 +174,7 @@ static int check_driver(const struct bn_restore *r, struct bn_error *err)
     return 0;
 }
 
-static int begin(struct bn_restore *r, int dirfd, struct bn_error *err)
+static int begin(struct bn_restore *r, int dirfd, int lazy_pages, struct bn_error *err)
 {
     /* Until the packs are open: nobody writes them anew between the manifest and them. Without locks it goes as well. */
     struct bn_error busy = BN_ERROR_INIT;
@@ -193,12 +195,14 @@ static int begin(struct bn_restore *r, int dirfd, struct bn_error *err)
     }
     if (rc == 0)
         rc = start_loading(r, err);
+    if (rc == 0 && lazy_pages >= 0)
+        rc = bn_host_fill_start(r->q.env, dirfd, lazy_pages, r->q.report, &r->host, err);
     r->q.pairs = r->place.npairs ? r->place.pairs : NULL;
     r->q.npairs = r->place.npairs;
     return rc;
 }
 
-int bn_restore_begin(struct bn_env *env, int dirfd, unsigned flags, struct bn_report *report,
+int bn_restore_begin(struct bn_env *env, int dirfd, int lazy_pages, unsigned flags, struct bn_report *report,
                      struct bn_restore **out, struct bn_error *err)
 {
     struct bn_restore *r = calloc(1, sizeof(*r));
@@ -207,7 +211,7 @@ int bn_restore_begin(struct bn_env *env, int dirfd, unsigned flags, struct bn_re
     r->flags = flags;
     bn_copier_hold(env->copier); /* the reader's BN_PACK_STABLE */
     r->q = (struct bn_quiesce){.env = env, .report = bn_report_ref(report), .copy_end = finish_loading};
-    int rc = flags & BN_RESTORE_STOCK ? 0 : begin(r, dirfd, err);
+    int rc = flags & BN_RESTORE_STOCK ? 0 : begin(r, dirfd, lazy_pages, err);
     if (rc < 0) {
         bn_restore_free(r);
         return rc;
@@ -260,7 +264,11 @@ int bn_restore_claim(struct bn_restore *r, pid_t pid, struct bn_error *err)
     struct bn_target *t = NULL;
     struct bn_agent *agent = NULL;
     pid_t inner = 0;
-    int rc = bn_proc_inner_pid(pid, &inner);
+    /* Of all processes, whoever comes first: from here on CRIU lets them go. */
+    int rc = r->host ? bn_host_fill_finish(r->host, err) : 0;
+    if (rc < 0)
+        return rc;
+    rc = bn_proc_inner_pid(pid, &inner);
     if (rc < 0)
         return bn_error_set(err, rc, "claim", "the restored process %d is gone", pid);
     if (r->flags & BN_RESTORE_STOCK) {
@@ -321,6 +329,7 @@ void bn_restore_free(struct bn_restore *r)
 {
     if (!r)
         return;
+    bn_host_fill_free(r->host);
     bn_copies_cancel(&r->copies, &r->q);
     bn_targets_free(&r->q.targets);
     bn_pack_reader_free(r->reader);

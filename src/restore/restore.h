@@ -2,7 +2,7 @@
  * with it before CRIU forks anything.
  *
  *   begin   read and check the image, choose GPUs, allocate, start loading
- *   claim   CRIU has a process ready (it may still be stopped): whose is it?
+ *   claim   CRIU has a process ready (it may still be stopped): whose is it? Host memory that was left to us is complete then
  *   finish  the processes can run: driver restore + unlock, give the memory back when it is loaded and verified, open the gates
  *
  * One thread at a time per object.
@@ -16,9 +16,10 @@ struct bn_restore;
 #define BN_RESTORE_STOCK \
     1u /* no manifest: an image of CRIU's own CUDA plugin; every claimed process goes the driver's way */
 
-/* Takes nothing of dirfd but its content (it may be closed afterwards). Errors: -ENOENT no manifest (not a Bennu checkpoint),
+/* Takes nothing of dirfd but its content (it may be closed afterwards). `lazy_pages` >= 0: the listening socket of host_fill.h, as CRIU
+ * leaves host memory to us; likewise. Errors: -ENOENT no manifest (not a Bennu checkpoint),
  * -EBADMSG damaged, -ENODEV no fitting GPU, -ENOMEM not enough GPU memory, -EPROTONOSUPPORT made by a newer Bennu or driver. */
-int bn_restore_begin(struct bn_env *env, int dirfd, unsigned flags, struct bn_report *report,
+int bn_restore_begin(struct bn_env *env, int dirfd, int lazy_pages, unsigned flags, struct bn_report *report,
                      struct bn_restore **out, struct bn_error *err);
 /* CUDA processes in the image; 0 for stock images. */
 size_t bn_restore_count(const struct bn_restore *r);

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#define PAGEMAP "pagemap-%d.img"
 #define PAGEMAP_MAX ((size_t)256 << 20) /* bytes: more than 10 million ranges */
 
 static int read_pagemap(int dirfd, const char *name, struct bn_pagemap *out, struct bn_error *err)
@@ -27,6 +28,8 @@ static int open_pages(int dirfd, const struct bn_pagemap *m, struct bn_error *er
     struct stat st;
     snprintf(name, sizeof(name), "pages-%u.img", m->pages_id);
     bn_auto_fd fd = openat(dirfd, name, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    if (fd < 0 && errno == ENOENT)
+        return bn_error_set(err, EBADMSG, "host-memory", "%s of the checkpoint is missing", name);
     if (fd < 0 || fstat(fd, &st) < 0)
         return bn_error_set(err, errno, "host-memory", "cannot open %s of the checkpoint: %m", name);
     if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size < m->pages_bytes)
@@ -38,7 +41,7 @@ static int open_pages(int dirfd, const struct bn_pagemap *m, struct bn_error *er
 int bn_host_pages_open(int dirfd, pid_t pid, struct bn_pagemap *out, struct bn_error *err)
 {
     char name[32];
-    snprintf(name, sizeof(name), "pagemap-%d.img", pid);
+    snprintf(name, sizeof(name), PAGEMAP, pid);
     int r = read_pagemap(dirfd, name, out, err);
     if (r < 0)
         return r;
@@ -90,13 +93,13 @@ static struct bn_host_pages sum_up(struct ranges *all)
     return sum;
 }
 
-static bool is_pagemap(const char *name)
+/* The pid, or 0: not its name. */
+static pid_t pid_of(const char *file)
 {
-    static const char digits[] = "0123456789";
-    if (strncmp(name, "pagemap-", 8) != 0)
-        return false;
-    size_t n = strspn(name + 8, digits);
-    return n > 0 && strcmp(name + 8 + n, ".img") == 0;
+    char name[32];
+    int pid = strncmp(file, "pagemap-", 8) == 0 ? atoi(file + 8) : 0;
+    snprintf(name, sizeof(name), PAGEMAP, pid);
+    return pid > 0 && strcmp(file, name) == 0 ? pid : 0;
 }
 
 int bn_host_pages_survey(int dirfd, struct bn_host_pages *out, struct bn_error *err)
@@ -113,9 +116,11 @@ int bn_host_pages_survey(int dirfd, struct bn_host_pages *out, struct bn_error *
     int r = 0;
     for (struct dirent *e; r == 0 && (e = readdir(dir)) != NULL;) {
         struct bn_pagemap m = {0};
-        if (!is_pagemap(e->d_name))
+        pid_t pid = pid_of(e->d_name);
+        if (pid == 0)
             continue;
-        r = read_pagemap(dirfd, e->d_name, &m, err);
+        bn_auto_fd pages = bn_host_pages_open(dirfd, pid, &m, err);
+        r = pages < 0 ? pages : 0;
         if (r == 0 && add_all(&all, &m) < 0)
             r = bn_error_set(err, ENOMEM, "host-memory", "out of memory");
         bn_pagemap_free(&m);

@@ -17,5 +17,6 @@ struct bn_host_pages {
         common; /* of these, at addresses that several processes have: forked processes may share the pages themselves */
 };
 
-/* Sums up all processes. Images on top of others (CRIU's --prev-images-dir) have nothing to be filled in. 0, or an error as above. */
+/* Sums up all processes, and looks whether their files are there and long enough: CRIU itself waits for ever at the end of one that is
+ * too short. Images on top of others (CRIU's --prev-images-dir) have nothing to be filled in. 0, or an error as above. */
 int bn_host_pages_survey(int dirfd, struct bn_host_pages *out, struct bn_error *err);

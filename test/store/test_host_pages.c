@@ -50,11 +50,14 @@ static void pages(const char *name, uint64_t n)
 
 static void process(const char *name, uint32_t id, uint64_t va, uint64_t n)
 {
+    char file[32];
     struct bn_writer w = {0};
     put_head(&w, id);
     put_entry(&w, va, n, LAZY | PRESENT, true);
     put_entry(&w, va + (n + 1) * BN_PAGE, 3, PRESENT, true);
     save(name, &w);
+    snprintf(file, sizeof(file), "pages-%u.img", id);
+    pages(file, n + 3);
 }
 
 static void one_process(void **state)
@@ -62,7 +65,6 @@ static void one_process(void **state)
     struct bn_pagemap m;
     struct bn_error err = BN_ERROR_INIT;
     process("pagemap-12.img", 5, 0x10000, 2);
-    pages("pages-5.img", 5);
     bn_auto_fd fd = bn_host_pages_open(dir, 12, &m, &err);
     assert_true(fd >= 0);
     assert_int_equal(m.bytes, 2 * BN_PAGE);
@@ -76,6 +78,9 @@ static void one_process(void **state)
     assert_non_null(strstr(err.text, "pages-5.img"));
     err = (struct bn_error)BN_ERROR_INIT;
     assert_int_equal(unlinkat(dir, "pages-5.img", 0), 0);
+    assert_int_equal(bn_host_pages_open(dir, 12, &m, &err), -EBADMSG);
+    assert_non_null(strstr(err.text, "pages-5.img"));
+    err = (struct bn_error)BN_ERROR_INIT;
     assert_int_equal(symlinkat("/dev/zero", dir, "pages-5.img"), 0);
     assert_int_equal(bn_host_pages_open(dir, 12, &m, &err), -ELOOP);
     err = (struct bn_error)BN_ERROR_INIT;
@@ -104,6 +109,11 @@ static void all_processes(void **state)
     assert_int_equal(sum.bytes, 0);
     assert_int_equal(unlinkat(dir, "parent", 0), 0);
 
+    pages("pages-2.img", 12);
+    assert_int_equal(bn_host_pages_survey(dir, &sum, &err), -EBADMSG);
+    assert_non_null(strstr(err.text, "pages-2.img"));
+    pages("pages-2.img", 13);
+    err = (struct bn_error)BN_ERROR_INIT;
     struct bn_writer w = {0};
     bn_write_u32(&w, 1);
     save("pagemap-3.img", &w);
