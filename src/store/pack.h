@@ -19,7 +19,7 @@
 #define BN_PACK_NAME_MAX 32u
 #define BN_PACK_BATCH 8u                   /* chunks of one batch: 16 MiB */
 #define BN_PACK_BYTES ((uint64_t)64 << 30) /* a pack that has reached this is followed by another */
-#define BN_PACK_LANES 8u                   /* packs that are written at the same time, at most */
+#define BN_PACK_LANES 32u /* packs that are written at the same time, at most: by the threads of four GPUs */
 
 /* ---- Writing ---- */
 
