@@ -65,7 +65,8 @@ enum bn_ctl_type {
         30, /* u32 flags, fd image directory, and, if host memory is left to the daemon, fd of the listening socket for CRIU's
                                     lazy pages -> reply: u32 CUDA processes (0: no manifest, no session). Checks everything that can be checked, then
                                     starts loading. */
-    BN_CTL_RESTORE_PROCESS = 31, /* u32 pid (ours, restored, may be stopped) -> reply: u32 handled. The first waits until the
+    BN_CTL_RESTORE_PROCESS =
+        31, /* u32 pid (ours, restored, may be stopped) -> reply: u32 handled. The first waits until the
                                     host memory of all processes is complete, where that was left to the daemon. */
     BN_CTL_RESTORE_END =
         32, /* i32 CRIU's result. Result 0: waits until every process of the image has its GPU state back
