@@ -286,6 +286,31 @@ class Export(Case):
         c.checkpoint()
         c.restore()
 
+    def test_connections_under_another_name(self):
+        """Podman does not take --tcp-established together with --name; what CRIU's configuration says it need not."""
+        config = "/etc/criu/runc.conf"
+        with open(config, "w", encoding="utf-8") as f:
+            f.write("tcp-established\n")
+        self.addCleanup(os.unlink, config)
+        c = self.container().run()
+        c.checkpoint("--export", self.path("c.tar"), "--compress", "none")
+        c.remove()
+        c.tcp_by_config = True
+        d = c.import_as("another", self.path("c.tar"))
+        d.checkpoint()
+        d.restore()
+
+    def test_as_an_image(self):
+        c = self.container(tcp=False).run()
+        c.checkpoint("--create-image", "saved")
+        self.addCleanup(call, "podman", "rmi", "--force", "saved")
+        c.remove()
+        for name in ("first", "second"):
+            d = c.import_as(name, "saved", image=True)
+            self.assertTrue(agents_in(d.pid))
+        d.checkpoint()
+        d.restore()
+
     def test_copies_beside_the_original(self):
         c = self.container(tcp=False).run()
         c.checkpoint("--leave-running", "--export", self.path("c.tar"), "--compress", "none")
@@ -557,6 +582,24 @@ class Trouble(Case):
         c.checkpoint("--export", archive)
         c.remove()
         c.import_as("one", archive)
+
+    def test_ctrl_c(self):
+        """Podman and what it has started get the signal. They finish what they are at, or, early on, leave it."""
+        c = self.container().run(command=["/talk", "/memcheck", *self.BIG])
+        for name, log in (("checkpoint", "dump.log"), ("restore", "restore.log")):
+            if name == "restore" and c.status == "running":
+                c.go_on()
+                c.checkpoint("--keep")
+            popen = c.podman_starts("container", name, "--keep", "--tcp-established", c.name, start_new_session=True)
+            wait_for(lambda path=f"{c.bundle}/{log}": os.path.exists(path), f"the {name} begins",
+                     lambda p=popen: "it has ended" if p.poll() is not None else None)
+            try:
+                os.killpg(popen.pid, signal.SIGINT)
+            except ProcessLookupError:
+                pass  # it was faster
+            popen.wait(PATIENCE)
+            wait_for(lambda: not processes_with("swrk"), "the runtime's criu ends")
+        self.goes_on_or_is_restorable(c)
 
     def test_podman_killed_while_it_dumps(self):
         c = self.container().run(command=["/talk", "/memcheck", *self.BIG])
