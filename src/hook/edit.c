@@ -368,11 +368,22 @@ static int decide_preload(struct job *job, int root, bool forced)
     if (r <= 0)
         return r;
     r = preload(job);
-    if (r == 0)
-        r = without_io_uring(job);
-    if (r == 0)
-        r = name_types(job);
-    return r < 0 ? r : 1;
+    return r == 0 ? without_io_uring(job) : r;
+}
+
+static int give_agent(struct job *job, enum wish wish, const struct driver_mount *found, size_t n)
+{
+    bn_auto_fd root = open_root(job);
+    /* An image may bring a newer libcuda than the machine's and have it loaded first: then that one is the real driver, and
+     * a place fixed to the machine's would be wrong. */
+    bool compat = n > 0 && root >= 0 && found[0].major && bn_rootfs_compat_driver(root) > found[0].major;
+    if (wish == WISH_PRELOAD || n == 0 || compat)
+        return decide_preload(job, root, wish == WISH_PRELOAD);
+    int r = check_places(job, root);
+    if (r <= 0)
+        return r;
+    r = mount_over(job, found, n);
+    return r == 0 ? without_io_uring(job) : r;
 }
 
 static int decide(struct job *job)
@@ -381,28 +392,17 @@ static int decide(struct job *job)
     size_t n;
     bool agent;
     enum wish wish = wish_of(&job->j);
-    if (wish == WISH_OFF)
-        return 0;
     int r = find_driver_mounts(job, found, BN_ARRAY_SIZE(found), &n, &agent);
     if (r < 0)
         return say(job, r, "it mounts a libcuda more than %zu times", BN_ARRAY_SIZE(found));
-    if (agent || (wish == WISH_NONE && n == 0 && !asks_for_gpus(job)))
+    if (!agent && wish != WISH_PRELOAD && n == 0 && !asks_for_gpus(job))
         return 0;
-    bn_auto_fd root = open_root(job);
-    /* An image may bring a newer libcuda than the machine's and have it loaded first: then that one is the real driver, and
-     * a place fixed to the machine's would be wrong. */
-    bool compat = n > 0 && root >= 0 && found[0].major && bn_rootfs_compat_driver(root) > found[0].major;
-    if (wish == WISH_PRELOAD || n == 0 || compat)
-        return decide_preload(job, root, wish == WISH_PRELOAD);
-    r = check_places(job, root);
-    if (r <= 0)
-        return r;
-    r = mount_over(job, found, n);
-    if (r == 0)
-        r = without_io_uring(job);
+    if (!agent && wish != WISH_OFF)
+        r = give_agent(job, wish, found, n);
+    /* Also for one without the agent: the driver's path is to work there. */
     if (r == 0)
         r = name_types(job);
-    return r < 0 ? r : 1;
+    return r < 0 ? r : job->n > 0;
 }
 
 int bn_hook_edit(const char *text, size_t len, const struct bn_hook_options *options, char **out,

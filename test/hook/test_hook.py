@@ -129,6 +129,19 @@ class Hook(unittest.TestCase):
             mount["type"] = "bind"
         self.assert_edited(config, want)
         self.assert_same(self.config([plain("/usr/bin/tool", "/usr/bin/tool")]))
+        # With a GPU and without the agent, too: switched off, in an image without glibc, or given by CDI.
+        for others, more in (([], {"annotations": {"dev.bennu.agent": "off"}}), ([plain(self.agent, AGENT)], {})):
+            config = self.config([plain(self.driver, LIB + "/libcuda.so.1"), plain("/usr/bin/tool", "/usr/bin/tool"), *others], **more)
+            want = copy.deepcopy(config)
+            for mount in want["mounts"]:
+                mount.setdefault("type", "bind")
+            self.assert_edited(config, want)
+        shutil.rmtree(self.root)
+        config = self.gpu(mounts=[plain("/usr/bin/tool", "/usr/bin/tool")])
+        out, err = self.filter(config)
+        config["mounts"][-1]["type"] = "bind"
+        self.assertEqual(json.loads(out), config)
+        self.assertIn("no agent for this container", err)
 
     # --- nothing to do -----------------------------------------------------------------------------------------------
 

@@ -763,6 +763,16 @@ class Crun(Case):
         stats = json.loads(c.restore("--file-locks", "--print-stats", "--keep"))["container_statistics"][0]
         self.assertGreater(stats["criu_statistics"]["pages_restored"], 0)
 
+    def test_without_the_agent(self):
+        """Switched off, or by CDI."""
+        off = self.container("off", runtime=self.runtime, tcp=False).run("--annotation", "dev.bennu.agent=off")
+        cdi = self.container("cdi", runtime=self.runtime, tcp=False).run("--device", "bennu.dev/agent=all")
+        self.assertEqual([len(agents_in(c.pid)) for c in (off, cdi)], [0, 1])
+        for c in (off, cdi):
+            c.checkpoint()
+            self.assertEqual(len(self.manifest(c.checkpoint_dir)["processes"]), 1)
+            c.restore()
+
     def test_ignore_rootfs(self):
         c = self.container(runtime=self.runtime, tcp=False).run()
         c.podman("exec", c.name, "/bin/touch", "/left-behind")
