@@ -95,7 +95,7 @@ class Answer:
 
     def copy(self):
         """(s, bytes) of the phase that moved GPU memory."""
-        moved = [p for p in self.phases.values() if p[1] > 0 and p[0] > 0]
+        moved = [p for name, p in self.phases.items() if name != "host-memory" and p[1] > 0 and p[0] > 0]
         if not moved:
             raise Failed(f"bennu named no phase with bytes, only {', '.join(self.phases)}")
         return max(moved, key=lambda p: p[1])
@@ -353,10 +353,10 @@ class Bench:
         program.log_size = program.log.stat().st_size
         return answer, folder, sum(f.stat().st_size for f in folder.iterdir())
 
-    def restore(self, program, folder, timeout=200):
+    def restore(self, program, folder, *options, timeout=200):
         # CRIU wants the file that it printed into as long as it was.
         os.truncate(program.log, program.log_size)
-        answer = self.timed(["restore", "--json", "--detach", folder], timeout)
+        answer = self.timed(["restore", "--json", "--detach", *options, folder], timeout)
         program.status = None
         return answer
 

@@ -17,6 +17,9 @@ import libsteps_multi
 from libbench import GIB, MIB, PROGRAMS, ROOT, Failed, Skipped, cached_share, drop_from_cache, size_text, tail
 from librows import LOOPS
 
+# For the driver's path with CRIU, as one has it without Bennu.
+CRIU_ALONE = ["--criu-memory"]
+
 
 def sizes_for(simulated, quick):
     if simulated:
@@ -287,7 +290,7 @@ class Steps(libsteps_live.LiveSteps, libsteps_multi.MultiSteps):
             for _ in range(rounds):
                 a, folder, image = t.dump(program, images, *([] if agent else ["--driver-path"]))
                 cached.append(cached_share(folder))
-                b = t.restore(program, folder)
+                b = t.restore(program, folder, *([] if agent else CRIU_ALONE))
                 program.check()
                 shutil.rmtree(folder)
                 dumps.append(a.wall)
@@ -395,20 +398,24 @@ class Steps(libsteps_live.LiveSteps, libsteps_multi.MultiSteps):
         if tokens != want:
             raise Failed(f"under the agent the server answers {tokens}, not {want}")
         self.server_restores("restored", server, port, images, want, s["rounds"])
+        self.server_restores("criu_memory", server, port, images, want, s["slow"], restore=CRIU_ALONE)
         server.kill()
         server, seconds, tokens = cold(False)
         colds.append(seconds)
         colds_are()
-        self.server_restores("driver", server, port, images, want, s["slow"], "--driver-path")
+        self.server_restores("driver", server, port, images, want, s["slow"], dump=["--driver-path"], restore=CRIU_ALONE)
 
-    def server_restores(self, key, server, port, images, want, rounds, *options):
+    def server_restores(self, key, server, port, images, want, rounds, dump=(), restore=()):
         """Dumps the server and restores it some times over: from the start of bennu restore to the first token."""
         t = self.t
-        a, folder, image = t.dump(server, images, *options)
-        cached, walls, firsts = cached_share(folder), [], []
+        a, folder, image = t.dump(server, images, *dump)
+        cached, walls, firsts, rates = cached_share(folder), [], [], []
         for i in range(rounds):
             began = time.monotonic()
-            b = t.restore(server, folder)
+            b = t.restore(server, folder, *restore)
+            if "host-memory" in b.phases:
+                seconds, moved = b.phases["host-memory"]
+                rates.append(moved / 1e9 / seconds)
             first, tokens = first_token(server, port)
             if tokens != want:
                 raise Failed(f"after its restore the server answers {tokens}, not {want}")
@@ -417,12 +424,14 @@ class Steps(libsteps_live.LiveSteps, libsteps_multi.MultiSteps):
             if i + 1 < rounds:
                 server.kill()
         shutil.rmtree(folder)
-        how = "driver path + CRIU" if options else "Bennu"
+        how = "driver path + CRIU" if dump else "Bennu, host memory by CRIU alone" if restore else "Bennu"
         note = f"{share_text([cached])} of the image in the page cache; files on {file_system(images)}; the same tokens as before"
         self.add(f"llm.{key}", f"llm-server: restore ({how}) to first token", firsts, note=note)
         self.add(f"llm.{key}_restore", f"llm-server: restore ({how}), whole command", walls, note=note)
         self.add(f"llm.{key}_dump", f"llm-server: dump ({how}), whole command", a.wall, note=note)
         self.add(f"llm.{key}_image", f"llm-server: image ({how})", image, "bytes")
+        if rates:
+            self.add(f"llm.{key}_host", f"llm-server: restore ({how}), host memory filled in", rates, "GB/s", "higher", note)
 
     def need_torch(self):
         need_torch(self.t)
