@@ -150,15 +150,17 @@ int bn_make_room(struct bn_env *env, uint32_t tier, unsigned dev, uint64_t bytes
 /* After a tree was added: two that were suspended at the same time may be too much together. */
 void bn_keep_budgets(struct daemon *d);
 /* Before a resume: move trees away until what it needs is free, as far as that can be known, since a process for which the driver finds
- * too little memory is lost. *where: the GPUs that it has memory on; false: there are none. */
+ * too little memory is lost. *where: what it surely needs on the GPUs that it has memory on; false: there are none. */
 bool bn_room_for_resume(struct daemon *d, const struct bn_suspended *s, struct bn_usage *where);
-/* Move one tree out of the memory of a GPU that `where` has something on (NULL: of any), or wait a while for what a dump has set
- * aside there. False: there is none. */
+/* Move one tree out of the memory of a GPU that has less free than `where` says (NULL: of any), or wait a while for what a dump has set
+ * aside there. False: there is none, or it would not be enough. */
 bool bn_let_go(struct daemon *d, const struct bn_usage *where);
-/* Do so until `bytes` are free on GPU dev (below BN_USAGE_GPUS) or nothing more can go. False: too little is free and nothing went.
+/* Do so until `bytes` are free on GPU dev (below BN_USAGE_GPUS) or nothing more can go. False: too little is free and nothing went. A
+ * dump's memory is waited for only if `least` bytes could be free with it.
  * `wanted` (may be NULL): asked now and then while a dump's memory is waited for; when it says no that ends, and in a few seconds dumps
  * are cancelled that have set memory aside there. */
-bool bn_free_gpu(struct daemon *d, unsigned dev, uint64_t bytes, bool (*wanted)(void *), void *arg);
+bool bn_free_gpu(struct daemon *d, unsigned dev, uint64_t least, uint64_t bytes, bool (*wanted)(void *),
+                 void *arg);
 
 /* What the driver needs for the contexts of a process: 0.5 GiB on an H100. */
 #define BN_ROOM_CONTEXTS (UINT64_C(768) << 20)

@@ -137,7 +137,7 @@ static void *serve(void *arg)
     struct want *w = arg;
     struct daemon *d = w->d;
     uint64_t bytes = w->want.bytes < UINT64_MAX - SLACK ? w->want.bytes + SLACK : UINT64_MAX;
-    bool more = bn_free_gpu(d, w->dev, bytes, still_wanted, w);
+    bool more = bn_free_gpu(d, w->dev, bytes, bytes, still_wanted, w);
     struct bn_agent *agent;
     if (bn_agent_find(w->pid, &agent) == 0) {
         (void)!bn_agent_answer_want(agent, w->want.seq, more);

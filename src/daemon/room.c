@@ -217,17 +217,40 @@ static bool wait_for_aside(struct daemon *d, unsigned dev)
     return before > 0;
 }
 
+/* Of what is needed, that on the GPUs that have too little; all of it if none has, or has any more. *hopeless: nor is it enough with what
+ * is set aside there. */
+static struct bn_usage what_lacks(struct daemon *d, const struct bn_usage *where, bool *hopeless)
+{
+    struct bn_usage lacks = {0};
+    bool some = false;
+    *hopeless = false;
+    for (unsigned dev = 0; dev < BN_USAGE_GPUS; dev++) {
+        uint64_t aside = aside_on(d, dev), unused, total;
+        if (where->gpu[dev] == 0 || bn_gpu_mem_info(d->env.gpu, dev, &unused, &total, NULL) < 0 ||
+            unused >= where->gpu[dev])
+            continue;
+        some = true;
+        lacks.gpu[dev] = where->gpu[dev];
+        *hopeless = *hopeless || unused + aside < where->gpu[dev];
+    }
+    return some ? lacks : *where;
+}
+
 bool bn_let_go(struct daemon *d, const struct bn_usage *where)
 {
     unsigned round = new_round(d);
-    for (unsigned dev = 0; where && dev < BN_USAGE_GPUS; dev++)
-        if (where->gpu[dev] && (move_down(d, BN_TIER_GPU, dev, round) || wait_for_move(d, dev)))
+    if (!where)
+        return move_down(d, BN_TIER_GPU, ANY_GPU, round) || wait_for_move(d, ANY_GPU) ||
+               wait_for_aside(d, ANY_GPU);
+    bool hopeless;
+    struct bn_usage lacks = what_lacks(d, where, &hopeless);
+    for (unsigned dev = 0; dev < BN_USAGE_GPUS; dev++)
+        if (lacks.gpu[dev] && (move_down(d, BN_TIER_GPU, dev, round) || wait_for_move(d, dev)))
             return true;
-    for (unsigned dev = 0; where && dev < BN_USAGE_GPUS; dev++)
-        if (where->gpu[dev] && wait_for_aside(d, dev))
+    for (unsigned dev = 0; !hopeless && dev < BN_USAGE_GPUS; dev++)
+        if (lacks.gpu[dev] && wait_for_aside(d, dev))
             return true;
-    return !where && (move_down(d, BN_TIER_GPU, ANY_GPU, round) || wait_for_move(d, ANY_GPU) ||
-                      wait_for_aside(d, ANY_GPU));
+    return false;
 }
 
 /* Resident bytes of a process: the driver has saved its GPU memory in there. */
@@ -242,7 +265,8 @@ static uint64_t resident(pid_t pid)
     return (uint64_t)pages * (uint64_t)sysconf(_SC_PAGESIZE);
 }
 
-bool bn_free_gpu(struct daemon *d, unsigned dev, uint64_t bytes, bool (*wanted)(void *), void *arg)
+bool bn_free_gpu(struct daemon *d, unsigned dev, uint64_t least, uint64_t bytes, bool (*wanted)(void *),
+                 void *arg)
 {
     uint64_t until = bn_now_ns() + ASIDE_NS;
     for (bool went = false;;) {
@@ -256,7 +280,7 @@ bool bn_free_gpu(struct daemon *d, unsigned dev, uint64_t bytes, bool (*wanted)(
             went = true;
             continue;
         }
-        if (aside == 0 || free_bytes + aside < bytes || (wanted && !wanted(arg)))
+        if (aside == 0 || free_bytes + aside < least || (wanted && !wanted(arg)))
             return went;
         if (wanted && bn_now_ns() >= until)
             stop_aside(d, dev);
@@ -266,7 +290,7 @@ bool bn_free_gpu(struct daemon *d, unsigned dev, uint64_t bytes, bool (*wanted)(
 
 struct resume_room {
     struct daemon *d;
-    const struct bn_usage *where;
+    const struct bn_usage *least, *most;
     uint64_t anywhere;
 };
 
@@ -274,8 +298,9 @@ static int free_one(void *arg, size_t dev, struct bn_error *err)
 {
     const struct resume_room *r = arg;
     (void)err;
-    if (r->where->gpu[dev] || r->anywhere)
-        bn_free_gpu(r->d, (unsigned)dev, r->where->gpu[dev] + r->anywhere, NULL, NULL);
+    uint64_t bytes = r->most->gpu[dev] + r->anywhere;
+    if (bytes) /* where a process may have been is not waited for if it cannot be met anyway */
+        bn_free_gpu(r->d, (unsigned)dev, r->anywhere ? bytes : r->least->gpu[dev], bytes, NULL, NULL);
     return 0;
 }
 
@@ -284,6 +309,7 @@ bool bn_room_for_resume(struct daemon *d, const struct bn_suspended *s, struct b
     const struct bn_targets *t = bn_suspended_targets(s);
     uint64_t anywhere = 0; /* of processes of which only the driver knows where they were */
     bool somewhere = false;
+    struct bn_usage most = {0};
     *where = (struct bn_usage){0};
     for (size_t i = 0; i < t->n; i++) {
         uint64_t driver = t->v[i].checkpointed ? BN_ROOM_CONTEXTS : 0;
@@ -291,14 +317,16 @@ bool bn_room_for_resume(struct daemon *d, const struct bn_suspended *s, struct b
             anywhere += driver + resident(t->v[i].pid);
         for (size_t p = 0; p < t->v[i].nparts; p++) {
             const struct bn_target_part *part = &t->v[i].parts[p];
-            if (part->dev < BN_USAGE_GPUS)
-                where->gpu[part->dev] += driver + (part->set ? 0 : part->bytes) + 1;
+            if (part->dev >= BN_USAGE_GPUS)
+                continue;
+            where->gpu[part->dev] += (part->set ? 0 : part->bytes) + 1;
+            most.gpu[part->dev] += driver + (part->set ? 0 : part->bytes);
         }
     }
     unsigned gpus = bn_gpu_count(d->env.gpu);
     gpus = gpus < BN_USAGE_GPUS ? gpus : BN_USAGE_GPUS;
     for (unsigned dev = 0; dev < gpus; dev++)
         somewhere = somewhere || where->gpu[dev];
-    bn_parallel(gpus, free_one, &(struct resume_room){d, where, anywhere}, NULL);
+    bn_parallel(gpus, free_one, &(struct resume_room){d, where, &most, anywhere}, NULL);
     return somewhere;
 }

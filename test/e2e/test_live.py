@@ -514,9 +514,9 @@ class Aside(Live):
                          "no checkpoint is left")
         self.assertFalse(self.has(harness.MANIFEST))
 
-    def late(self, program):
+    def late(self, program, *args):
         """A dump that takes long, after the moment at which the program was let go."""
-        dump = self.start_dump(program, "--compress=19")
+        dump = self.start_dump(program, "--compress=19", *args)
         harness.wait_for(lambda: self.has("inventory.img"), "CRIU has ended its half", lambda: self.ended(dump))
         program.go_on()
         self.assertIsNone(dump.poll(), text_of(self.path("message")))
@@ -577,6 +577,45 @@ class Aside(Live):
         self.assertEqual(text_of(self.path("message")).count("\n"), 1)
         self.no_checkpoint(self.path("ck"))
         other.go_on()
+        program.go_on()
+
+    def resume_beside(self, fill):
+        """A dump of a program that goes on, with what it has set aside on the GPU; 500 MiB that rest elsewhere; and a program that takes `fill`
+        MiB of the 890 that are left."""
+        self.env.update(BENNU_SIM_MEMORY="1200M")
+        self.start_daemon()
+        program = self.cut(**self.many)
+        rests = self.start(harness.ODD, "hold", 500)
+        self.ok("suspend", rests.pid)
+        dump = self.late(program, "--trace", self.path("trace"))
+        self.start(harness.ODD, "hold", fill)
+        return program, rests, dump
+
+    def test_a_resume_that_cannot_fit_does_not_wait(self):
+        """With what is set aside there would be too little as well."""
+        program, rests, dump = self.resume_beside(600)
+        self.refused(1, "resume", rests.pid, says=("free", "memory"))
+        self.assertIsNone(dump.poll(), text_of(self.path("message")))
+        dump.send_signal(signal.SIGINT)
+        self.assertEqual(dump.wait(harness.PATIENCE), 128 + signal.SIGINT)
+        program.go_on()
+
+    def test_a_resume_that_may_lack_memory_waits(self):
+        """There is room for what it had, but maybe none for its contexts: a process that these cannot be given back to is lost."""
+        program, rests, dump = self.resume_beside(200)
+        with open(self.path("resumed"), "wb") as out:
+            resume = subprocess.Popen([BENNU, "resume", "--trace", self.path("resume-trace"), str(rests.pid)], env=self.env,
+                                      stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        self.addCleanup(resume.wait, harness.PATIENCE)
+        self.addCleanup(lambda: resume.poll() is None and resume.kill())
+        harness.wait_for(lambda: resume.poll() is not None or "packets" in text_of(f"/proc/{resume.pid}/wchan"), "it waits for an answer")
+        dump.send_signal(signal.SIGINT)
+        self.assertEqual(dump.wait(harness.PATIENCE), 128 + signal.SIGINT)
+        self.assertEqual(resume.wait(harness.PATIENCE), 0, text_of(self.path("resumed")))
+        copied, = [e["ts"] + e["dur"] for e in json.loads(text_of(self.path("trace"))) if e["name"] == "copy-out" and "process" not in e["args"]]
+        began, = [e["ts"] for e in json.loads(text_of(self.path("resume-trace"))) if e["name"] == "driver-restore"]
+        self.assertGreater(began, copied)
+        rests.go_on()
         program.go_on()
 
     def test_the_program_is_not_brought_back(self):
