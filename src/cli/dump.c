@@ -186,7 +186,13 @@ static int check_result(struct dump *d, const struct bn_error *session, struct b
 {
     if (d->out->cuda == 0)
         return 0;
-    if (bn_image_present(d->dir.fd) == 1) {
+    bn_auto_manifest struct bn_manifest *m = NULL;
+    struct bn_error unread = BN_ERROR_INIT;
+    int r = bn_image_load(d->dir.fd, &m, &unread);
+    if (r < 0 && r != -ENOENT)
+        return bn_error_set(err, unread.code, unread.stage, "%s", unread.text);
+    if (r == 0) {
+        d->out->gpu_bytes = bn_manifest_bytes(m); /* it may have allocated since it was asked */
         if (!session || !d->o->leave_running || cli_daemon_silent(session))
             return 0;
         d->complete = true;
