@@ -199,7 +199,7 @@ static bool may_come(struct bn_host_fill *f)
 }
 
 /* *at: how much of it is there. The kernel takes what lies within one registered mapping, and a piece may lie in several; so less and
- * less is tried. -ENOENT: not a single page is registered, but may be later. */
+ * less is tried. -ENOENT: not a single page is registered, but may be later; -ECANCELED: the filling has failed. */
 static int copy_in(struct bn_host_fill *f, const struct piece *piece, const uint8_t *data, uint64_t *at)
 {
     uint64_t len = piece->bytes;
@@ -211,8 +211,11 @@ static int copy_in(struct bn_host_fill *f, const struct piece *piece, const uint
             len = piece->bytes - *at;
         } else if (errno == ENOENT && len > BN_PAGE) {
             len = len / 2 / BN_PAGE * BN_PAGE;
-        } else if (errno != EAGAIN) { /* its mappings are just being changed */
+        } else if (errno != EAGAIN) {
             return errno == ENOENT && !may ? -EADDRNOTAVAIL : -errno;
+        } else if (failed(f)) {
+            /* Its mappings are just being changed, and the server reads of that only when we have ended. */
+            return -ECANCELED;
         }
     }
     return 0;
@@ -227,7 +230,7 @@ static int fill_piece(struct bn_host_fill *f, const struct piece *piece, void *d
                             "the memory of process %d cannot be read from the checkpoint: %s", piece->p->pid,
                             r == -ENODATA ? "a file is too short" : strerror(-r));
     r = copy_in(f, piece, data, at);
-    if (r == -ENOENT)
+    if (r == -ENOENT || r == -ECANCELED)
         return 0;
     if (r == -ESRCH)
         return bn_error_set(err, ESRCH, "host-memory", "process %d ended while it was being restored",

@@ -13,8 +13,10 @@
 #include "restore/host_fill.h"
 
 #include <fcntl.h>
+#include <linux/sockios.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -22,6 +24,7 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
+#include <time.h>
 
 #define FINISHED 0x52535446
 #define PAGES 700u /* of a process: more than one piece */
@@ -100,15 +103,20 @@ static void save(int pid, const struct process *p, size_t pages)
     }
 }
 
-static void open_uffd(struct process *p)
+static void open_uffd_for(struct process *p, uint64_t features)
 {
-    struct uffdio_api api = {.api = UFFD_API};
+    struct uffdio_api api = {.api = UFFD_API, .features = features};
     p->uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
     if (p->uffd < 0) {
         print_message("no userfaultfd here: %s\n", strerror(errno));
         skip();
     }
     assert_int_equal(ioctl(p->uffd, UFFDIO_API, &api), 0);
+}
+
+static void open_uffd(struct process *p)
+{
+    open_uffd_for(p, 0);
 }
 
 static void register_memory(const struct process *p)
@@ -265,6 +273,51 @@ static void no_descriptor(void **state)
     finish_fails(EBADMSG, "no descriptor for process 71");
 }
 
+static void *drop(void *arg)
+{
+    const struct process *p = arg;
+    return (void *)(intptr_t)madvise(p->memory + PAGES * BN_PAGE, BN_PAGE, MADV_DONTNEED);
+}
+
+static uint64_t cpu_ns(clockid_t clock)
+{
+    struct timespec t;
+    clock_gettime(clock, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* While a change of a process's mappings is not read from its userfaultfd, nothing can be filled in; and the one who reads it waits for
+ * those who fill in when something has failed. */
+static void a_failure_while_mappings_change(void **state)
+{
+    struct process p;
+    pthread_t thread;
+    uint8_t word[4] = {72};
+    void *result;
+    int unread = 1;
+    open_uffd_for(&p, UFFD_FEATURE_EVENT_REMOVE);
+    map(&p);
+    save(71, &p, PAGES);
+    send_process(71, &p);
+    struct uffdio_register last = {.range = {(uintptr_t)p.memory + PAGES * BN_PAGE, BN_PAGE},
+                                   .mode = UFFDIO_REGISTER_MODE_MISSING};
+    assert_int_equal(ioctl(p.uffd, UFFDIO_REGISTER, &last), 0);
+    assert_int_equal(send(criu, word, 1, MSG_NOSIGNAL), 1);
+    while (unread > 0) /* then the server waits for the rest of the word */
+        assert_int_equal(ioctl(criu, SIOCOUTQ, &unread), 0);
+    assert_int_equal(pthread_create(&thread, NULL, drop, &p), 0);
+    uint64_t start = cpu_ns(CLOCK_PROCESS_CPUTIME_ID) - cpu_ns(CLOCK_THREAD_CPUTIME_ID);
+    while (cpu_ns(CLOCK_PROCESS_CPUTIME_ID) - cpu_ns(CLOCK_THREAD_CPUTIME_ID) - start < 20000000)
+        sched_yield(); /* the workers are trying */
+    assert_int_equal(send(criu, word + 1, 3, MSG_NOSIGNAL), 3);
+    send_word(73);
+    finish_fails(EBADMSG, "no descriptor for process 72");
+    bn_host_fill_free(fill);
+    fill = NULL;
+    unmap(&p); /* lets go of the thread */
+    assert_int_equal(pthread_join(thread, &result), 0);
+}
+
 static void criu_hangs_up(void **state)
 {
     struct process p;
@@ -306,6 +359,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(no_such_process, make, clean),
         cmocka_unit_test_setup_teardown(memory_is_there_already, make, clean),
         cmocka_unit_test_setup_teardown(no_descriptor, make, clean),
+        cmocka_unit_test_setup_teardown(a_failure_while_mappings_change, make, clean),
         cmocka_unit_test_setup_teardown(criu_hangs_up, make, clean),
         cmocka_unit_test_setup_teardown(nobody_waits, make, clean),
         cmocka_unit_test_setup_teardown(nothing_happens, make, clean),
