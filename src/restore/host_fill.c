@@ -235,8 +235,10 @@ static int fill_piece(struct bn_host_fill *f, const struct piece *piece, void *d
     if (r == -ESRCH)
         return bn_error_set(err, ESRCH, "host-memory", "process %d ended while it was being restored",
                             piece->p->pid);
-    return r < 0 ? bn_error_set(err, r, "host-memory", "cannot fill in the memory of process %d at %#llx: %s",
-                                piece->p->pid, (unsigned long long)(piece->va + *at), strerror(-r))
+    return r < 0 ? bn_error_set(
+                       err, r, "host-memory",
+                       "cannot fill in the memory of process %d at %#llx: %s (restore it with --criu-memory)",
+                       piece->p->pid, (unsigned long long)(piece->va + *at), strerror(-r))
                  : 0;
 }
 

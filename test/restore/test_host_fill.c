@@ -263,6 +263,7 @@ static void memory_is_there_already(void **state)
     register_memory(&p);
     send_process(71, &p);
     finish_fails(EEXIST, "cannot fill in the memory of process 71");
+    finish_fails(EEXIST, "--criu-memory"); /* what to do */
     unmap(&p);
 }
 
