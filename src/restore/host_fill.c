@@ -38,6 +38,7 @@ struct process {
     struct piece back[THREADS_MAX];
     unsigned nback;
     bool registers;      /* it has begun to */
+    bool touches;        /* what is registered: CRIU's code in it does that only when all is */
     uint64_t not_before; /* ns: it had not registered what was tried */
 };
 
@@ -190,10 +191,11 @@ static bool failed(struct bn_host_fill *f)
 }
 
 /* May memory still be registered? CRIU lets processes do that before it says that all have been sent. */
-static bool may_come(struct bn_host_fill *f)
+static bool may_come(struct bn_host_fill *f, const struct process *p)
 {
     pthread_mutex_lock(&f->lock);
-    bool may = !f->all_sent && (f->orphaned_ns == 0 || bn_now_ns() - f->orphaned_ns < PATIENCE_NS);
+    bool may =
+        !f->all_sent && !p->touches && (f->orphaned_ns == 0 || bn_now_ns() - f->orphaned_ns < PATIENCE_NS);
     pthread_mutex_unlock(&f->lock);
     return may;
 }
@@ -204,7 +206,7 @@ static int copy_in(struct bn_host_fill *f, const struct piece *piece, const uint
 {
     uint64_t len = piece->bytes;
     while (*at < piece->bytes) {
-        bool may = may_come(f);
+        bool may = may_come(f, piece->p);
         struct uffdio_copy copy = {.dst = piece->va + *at, .src = (uintptr_t)data + *at, .len = len};
         if (ioctl(piece->p->uffd, UFFDIO_COPY, &copy) == 0 || copy.copy > 0) {
             *at += (uint64_t)copy.copy;
@@ -382,14 +384,19 @@ static bool in_image(const struct process *p, uint64_t va)
 }
 
 /* What the image has comes anyway. Anything else was never touched before the dump. */
-static void serve_faults(const struct process *p)
+static void serve_faults(struct bn_host_fill *f, struct process *p)
 {
     struct uffd_msg m;
     while (read(p->uffd, &m, sizeof(m)) == sizeof(m)) {
         if (m.event == UFFD_EVENT_FORK)
             bn_close((int)m.arg.fork.ufd);
         uint64_t va = m.arg.pagefault.address & ~(uint64_t)(BN_PAGE - 1);
-        if (m.event != UFFD_EVENT_PAGEFAULT || in_image(p, va))
+        if (m.event != UFFD_EVENT_PAGEFAULT)
+            continue;
+        pthread_mutex_lock(&f->lock);
+        p->touches = true;
+        pthread_mutex_unlock(&f->lock);
+        if (in_image(p, va))
             continue;
         struct uffdio_zeropage zero = {.range = {va, BN_PAGE}};
         if (ioctl(p->uffd, UFFDIO_ZEROPAGE, &zero) < 0)
@@ -457,7 +464,7 @@ static int serve_once(struct bn_host_fill *f, struct bn_error *err)
         orphaned(f);
     for (size_t i = 0; i < n; i++)
         if (at[AT_PROCESSES + i].revents)
-            serve_faults(f->v[i]);
+            serve_faults(f, f->v[i]);
     if (!at[AT_CRIU].revents)
         return 0;
     return f->conn < 0 ? accept_criu(f, err) : failed(f) ? discard(f) : receive(f, err);

@@ -243,6 +243,24 @@ static void a_file_is_too_short(void **state)
     munmap(p.memory, (PAGES + 1) * BN_PAGE);
 }
 
+/* A list of pages may name some that CRIU never registers: a process that waits for another one meanwhile must not do so for ever. */
+static void never_registered(void **state)
+{
+    struct process p;
+    void *byte;
+    pthread_t thread;
+    new_process(71, &p, PAGES);
+    struct process rest = {.memory = p.memory + 100 * BN_PAGE, .uffd = p.uffd};
+    struct uffdio_register r = {.range = {(uintptr_t)rest.memory, (PAGES - 100) * BN_PAGE},
+                                .mode = UFFDIO_REGISTER_MODE_MISSING};
+    assert_int_equal(ioctl(p.uffd, UFFDIO_REGISTER, &r), 0);
+    assert_int_equal(pthread_create(&thread, NULL, touch, &rest), 0);
+    finish_fails(EADDRNOTAVAIL, "--criu-memory");
+    bn_close(p.uffd);
+    assert_int_equal(pthread_join(thread, &byte), 0);
+    munmap(p.memory, (PAGES + 1) * BN_PAGE);
+}
+
 static void no_such_process(void **state)
 {
     struct process p;
@@ -357,6 +375,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(all_is_there, make, clean),
         cmocka_unit_test_setup_teardown(no_memory_at_all, make, clean),
         cmocka_unit_test_setup_teardown(a_file_is_too_short, make, clean),
+        cmocka_unit_test_setup_teardown(never_registered, make, clean),
         cmocka_unit_test_setup_teardown(no_such_process, make, clean),
         cmocka_unit_test_setup_teardown(memory_is_there_already, make, clean),
         cmocka_unit_test_setup_teardown(no_descriptor, make, clean),
