@@ -81,7 +81,8 @@ static struct bn_host_pages sum_up(struct ranges *all)
 {
     struct bn_host_pages sum = {0};
     uint64_t end = 0, distinct = 0;
-    qsort(all->v, all->n, sizeof(*all->v), by_address);
+    if (all->n > 0)
+        qsort(all->v, all->n, sizeof(*all->v), by_address);
     for (size_t i = 0; i < all->n; i++) {
         uint64_t from = all->v[i].va, to = from + all->v[i].bytes;
         sum.bytes += to - from;
