@@ -91,12 +91,17 @@ static bool has_some(const struct process *p)
     return p->nback > 0 || p->range < p->map.n;
 }
 
+static bool some_left(const struct bn_host_fill *f)
+{
+    for (size_t i = 0; i < f->n; i++)
+        if (has_some(f->v[i]))
+            return true;
+    return false;
+}
+
 static bool nothing_left(const struct bn_host_fill *f)
 {
-    bool some = !f->all_sent && !f->hung_up;
-    for (size_t i = 0; i < f->n && !some; i++)
-        some = has_some(f->v[i]);
-    return !some;
+    return (f->all_sent || f->hung_up) && !some_left(f);
 }
 
 /* A single page, until it is known that pages can be taken. */
@@ -129,14 +134,6 @@ static struct process *choose(struct bn_host_fill *f)
     return NULL;
 }
 
-static bool all_wait(const struct bn_host_fill *f)
-{
-    for (size_t i = 0; i < f->n; i++)
-        if (has_some(f->v[i]))
-            return true;
-    return false;
-}
-
 /* ---- filling in: the workers ---- */
 
 static bool take(struct bn_host_fill *f, struct piece *piece)
@@ -148,7 +145,7 @@ static bool take(struct bn_host_fill *f, struct piece *piece)
         if (p) {
             *piece = cut(p);
             f->busy++;
-        } else if (all_wait(f)) {
+        } else if (some_left(f)) { /* but none may be tried yet */
             pthread_mutex_unlock(&f->lock);
             nanosleep(&(struct timespec){.tv_nsec = LOOK_NS}, NULL);
             pthread_mutex_lock(&f->lock);
