@@ -77,10 +77,10 @@ int bn_ctl_connect(const char *rundir, struct bn_error *err)
         if (errno == EACCES || errno == EPERM)
             return bn_error_set(err, errno, "daemon", "no access to bennud at %s: run this as root",
                                 sa.sun_path);
-        return bn_error_set(
-            err, errno, "daemon",
-            "bennud is not running (%s: %m): start it with 'systemctl start bennud' or run 'bennud' as root",
-            sa.sun_path);
+        return bn_error_set(err, errno, "daemon",
+                            "bennud is not running (%s: %m): start it with 'systemctl start bennud', or "
+                            "run " BENNU_DAEMON_PATH " as root",
+                            sa.sun_path);
     }
     return BN_TAKE_FD(sock);
 }
