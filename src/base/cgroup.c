@@ -11,8 +11,7 @@
 
 #define PATH_CAP 512
 
-/* Path of `pid` in the hierarchy: v2, or v1 with the freezer. */
-static bool group_of(pid_t pid, bool v2, char *out, size_t cap)
+bool bn_cgroup_path(pid_t pid, bool v2, char *out, size_t cap)
 {
     char name[64];
     snprintf(name, sizeof(name), "/proc/%d/cgroup", pid);
@@ -28,7 +27,7 @@ static bool group_of(pid_t pid, bool v2, char *out, size_t cap)
         path[strcspn(path, "\n")] = 0;
         bool right = v2 ? strcmp(line, "0:") == 0 : strcmp(controllers, ":freezer") == 0;
         if (right && snprintf(out, cap, "%s", path) < (int)cap)
-            return !strstr(path, "/..");
+            return true;
     }
     return false;
 }
@@ -59,7 +58,8 @@ static bool mount_of(bool v2, char *point, char *root, size_t cap)
 int bn_cgroup_folder(pid_t pid, bool v2, char *out, size_t cap, size_t *mount)
 {
     char group[PATH_CAP], point[PATH_CAP], root[PATH_CAP];
-    if (!group_of(pid, v2, group, sizeof(group)) || !mount_of(v2, point, root, sizeof(point)))
+    if (!bn_cgroup_path(pid, v2, group, sizeof(group)) || strstr(group, "/..") ||
+        !mount_of(v2, point, root, sizeof(point)))
         return -ENOENT;
     size_t skip = strcmp(root, "/") == 0 ? 0 : strlen(root);
     if (skip && strncmp(group, root, skip) != 0)

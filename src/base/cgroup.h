@@ -7,6 +7,9 @@
 #include <stddef.h>
 #include <sys/types.h>
 
+/* Path of the process's group in that hierarchy, as this process sees it ("/.." leads out of what it sees). False: it has none. */
+bool bn_cgroup_path(pid_t pid, bool v2, char *out, size_t cap);
+
 /* Folder of the process's group in that hierarchy as it is mounted here, in which the mount point's path has *mount bytes. -ENOENT: there
  * is none, or it lies outside of what is mounted. -ENAMETOOLONG. */
 int bn_cgroup_folder(pid_t pid, bool v2, char *out, size_t cap, size_t *mount);

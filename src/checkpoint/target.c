@@ -1,5 +1,6 @@
 #include "checkpoint/target.h"
 
+#include "base/cgroup.h"
 #include "base/cleanup.h"
 #include "base/io.h"
 #include "base/parallel.h"
@@ -278,34 +279,6 @@ ssize_t bn_targets_index(const struct bn_targets *t, pid_t pid)
     return -1;
 }
 
-/* Is the process held by a frozen cgroup? v2 says so in cgroup.events of its group; v1's freezer in its own hierarchy. */
-static bool cgroup_frozen(pid_t pid)
-{
-    char path[64], file[512], *save = NULL;
-    snprintf(path, sizeof(path), "/proc/%d/cgroup", pid);
-    bn_auto_free char *text = NULL;
-    size_t len;
-    if (bn_read_file_at(AT_FDCWD, path, 1 << 16, (void **)&text, &len) < 0)
-        return false;
-    for (char *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save)) {
-        bool v2 = strncmp(line, "0::", 3) == 0;
-        char *v1 = strstr(line, ":freezer:");
-        if (!v2 && !v1)
-            continue;
-        const char *group = v2 ? line + 3 : v1 + strlen(":freezer:");
-        static const char *const v2_roots[] = {"/sys/fs/cgroup", "/sys/fs/cgroup/unified"};
-        for (size_t i = 0; i < (v2 ? BN_ARRAY_SIZE(v2_roots) : 1); i++) {
-            bn_auto_free char *state = NULL;
-            snprintf(file, sizeof(file), "%s%s/%s", v2 ? v2_roots[i] : "/sys/fs/cgroup/freezer", group,
-                     v2 ? "cgroup.events" : "freezer.state");
-            if (bn_read_file_at(AT_FDCWD, file, 4096, (void **)&state, &len) == 0 &&
-                (strstr(state, "frozen 1") || strncmp(state, "FROZEN", 6) == 0))
-                return true;
-        }
-    }
-    return false;
-}
-
 /* Killed, though the kernel has not taken it apart yet: SIGKILL is pending, or some of its threads are exiting. */
 static bool dying(pid_t pid)
 {
@@ -329,13 +302,13 @@ int bn_target_wait_runnable(const struct bn_target *t, unsigned timeout_ms)
     uint64_t deadline = bn_now_ns() + (uint64_t)timeout_ms * 1000000u;
     for (;;) {
         pid_t tracer;
-        char state;
+        char state, group[1024];
         if (bn_pidfd_dead(t->pidfd) || bn_proc_tracer(t->pid, &tracer) < 0 ||
             bn_proc_state(t->pid, &state) < 0)
             return -ESRCH;
         if (state == 'Z' || state == 'X' || dying(t->pid))
             return -ESRCH;
-        if (tracer == 0 && state != 'T' && state != 't' && !cgroup_frozen(t->pid))
+        if (tracer == 0 && state != 'T' && state != 't' && !bn_cgroup_is_frozen(t->pid, group, sizeof(group)))
             return 0;
         if (bn_now_ns() >= deadline)
             return -ETIMEDOUT;

@@ -5,30 +5,14 @@
  * into the right group before it asks for the restore, so there it can be read. */
 #include "criu/plugin.h"
 
-#include "base/cleanup.h"
+#include "base/cgroup.h"
 #include "base/proc.h"
 #include "criu/criu_abi.h"
 #include "image/manifest.h"
 
 #include <fcntl.h>
-#include <stdio.h>
 #include <string.h>
-
-/* Our group of version 2, without the newline; false: none, or the topmost. */
-static bool own_group(char *out, size_t cap)
-{
-    static const char mark[] = "0::/";
-    char line[4200];
-    bn_auto_file FILE *f = fopen("/proc/self/cgroup", "re");
-    while (f && fgets(line, sizeof(line), f)) {
-        line[strcspn(line, "\n")] = 0;
-        if (strncmp(line, mark, sizeof(mark) - 1) != 0)
-            continue;
-        const char *path = line + sizeof(mark) - 2;
-        return path[1] && (size_t)snprintf(out, cap, "%s", path) < cap;
-    }
-    return false;
-}
+#include <unistd.h>
 
 void bnp_restore_cgroup(void)
 {
@@ -36,7 +20,8 @@ void bnp_restore_cgroup(void)
     int dir = criu_get_image_dir ? criu_get_image_dir() : -1;
     if (!new_cg_root_add || dir < 0 || faccessat(dir, BN_MANIFEST_NAME, F_OK, 0) < 0)
         return;
-    if (bn_proc_comm(getppid(), comm) < 0 || strcmp(comm, "runc") != 0 || !own_group(path, sizeof(path)))
+    if (bn_proc_comm(getppid(), comm) < 0 || strcmp(comm, "runc") != 0 ||
+        !bn_cgroup_path(getpid(), true, path, sizeof(path)) || strcmp(path, "/") == 0)
         return;
     /* A newer runc has said the very same, which does no harm. */
     int r = new_cg_root_add("", path);
