@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <unistd.h>
 
 #define THREADS_MAX 16u
 
@@ -63,4 +64,10 @@ int bn_parallel(size_t n, bn_parallel_fn fn, void *ctx, struct bn_error *err)
     if (run.r < 0 && err && !bn_error_is_set(err))
         *err = run.err;
     return run.r;
+}
+
+unsigned bn_cores(unsigned most)
+{
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n < (long)most ? (unsigned)n : most;
 }

@@ -4,6 +4,7 @@
 
 #include "base/cleanup.h"
 #include "base/io.h"
+#include "base/parallel.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -50,13 +51,11 @@ int bn_copier_new(struct bn_gpu *gpu, const struct bn_copier_config *config, str
     if (!c->config.buffer)
         c->config.buffer = BUFFER_DEFAULT;
     if (!c->config.workers)
-        c->config.workers = bn_gpu_cores() < 8 ? bn_gpu_cores() : 8;
+        c->config.workers = bn_cores(8);
     if (c->config.workers > WORKERS_MAX)
         c->config.workers = WORKERS_MAX;
     if (!c->config.workers_in)
-        c->config.workers_in = config->workers       ? c->config.workers
-                               : bn_gpu_cores() < 16 ? bn_gpu_cores()
-                                                     : 16;
+        c->config.workers_in = config->workers ? c->config.workers : bn_cores(16);
     if (c->config.workers_in > WORKERS_MAX)
         c->config.workers_in = WORKERS_MAX;
     if (!c->config.buffers)

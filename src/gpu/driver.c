@@ -10,7 +10,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #define STAGE "driver"
 
@@ -247,10 +246,4 @@ int bn_gpu_thread(pthread_t *thread, void *(*run)(void *), void *arg)
     int r = pthread_create(thread, NULL, run, arg);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return -r;
-}
-
-unsigned bn_gpu_cores(void)
-{
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-    return n < 1 ? 1 : (unsigned)n;
 }

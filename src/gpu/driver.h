@@ -134,7 +134,6 @@ void bn_gpu_hash_free(struct bn_gpu *gpu, unsigned dev);
 
 /* pthread_create with every signal blocked, as a library's threads should be. 0 or negative errno. */
 int bn_gpu_thread(pthread_t *thread, void *(*run)(void *), void *arg);
-unsigned bn_gpu_cores(void);
 
 /* ---- CUDA codes (cuda_error.c) ------------------------------------------------------------------------- */
 

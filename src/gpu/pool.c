@@ -9,6 +9,7 @@
 
 #include "base/cleanup.h"
 #include "base/io.h"
+#include "base/parallel.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -392,7 +393,7 @@ int bn_pool_new(struct bn_gpu *gpu, const struct bn_pool_config *config, struct 
     if (!pool->config.slab)
         pool->config.slab = SLAB_DEFAULT;
     if (!pool->config.threads)
-        pool->config.threads = bn_gpu_cores() < 16 ? bn_gpu_cores() : 16;
+        pool->config.threads = bn_cores(16);
 
     uint64_t physical = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
     pool->length = config->limit && config->limit < physical ? config->limit : physical;

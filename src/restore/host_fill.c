@@ -2,7 +2,9 @@
 
 #include "base/cleanup.h"
 #include "base/io.h"
+#include "base/parallel.h"
 #include "store/host_pages.h"
+#include "wire/packet.h"
 
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
@@ -307,25 +309,6 @@ static int add_process(struct bn_host_fill *f, pid_t pid, int uffd, struct bn_er
     return 0;
 }
 
-/* Up to `len` bytes, and *fd the descriptor that came with them, or -1. As recvmsg(2). */
-static ssize_t receive_some(int conn, void *bytes, size_t len, int *fd)
-{
-    struct iovec iov = {bytes, len};
-    union {
-        struct cmsghdr head;
-        char room[CMSG_SPACE(sizeof(int))];
-    } control;
-    struct msghdr msg = {
-        .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control)};
-    ssize_t n = recvmsg(conn, &msg, MSG_CMSG_CLOEXEC);
-    struct cmsghdr *c = n > 0 ? CMSG_FIRSTHDR(&msg) : NULL;
-    *fd = -1;
-    if (c && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS &&
-        c->cmsg_len == CMSG_LEN(sizeof(*fd)))
-        memcpy(fd, CMSG_DATA(c), sizeof(*fd));
-    return n;
-}
-
 static void sent(struct bn_host_fill *f, bool all)
 {
     pthread_mutex_lock(&f->lock);
@@ -347,10 +330,11 @@ static int receive(struct bn_host_fill *f, struct bn_error *err)
         return 0;
     char byte;
     int uffd;
-    n = receive_some(f->conn, &byte, 1, &uffd);
-    if (uffd < 0)
-        return bn_error_set(err, n < 0 ? errno : EBADMSG, "host-memory",
-                            "CRIU sent no descriptor for process %d", word);
+    size_t len, nfds;
+    int r = bn_packet_recv(f->conn, &byte, 1, &len, &uffd, 1, &nfds);
+    if (r < 0 || nfds == 0)
+        return bn_error_set(err, r < 0 ? r : EBADMSG, "host-memory", "CRIU sent no descriptor for process %d",
+                            word);
     if (f->phase < 0)
         f->phase = bn_report_begin(f->report, "host-memory");
     return add_process(f, word, uffd, err);
@@ -360,10 +344,9 @@ static int receive(struct bn_host_fill *f, struct bn_error *err)
 static int discard(struct bn_host_fill *f)
 {
     char bytes[64];
-    int fd;
-    if (receive_some(f->conn, bytes, sizeof(bytes), &fd) <= 0)
+    size_t len;
+    if (bn_packet_recv(f->conn, bytes, sizeof(bytes), &len, NULL, 0, NULL) < 0)
         sent(f, false);
-    bn_close(fd);
     return 0;
 }
 
@@ -486,12 +469,6 @@ static void *serve(void *arg)
 
 /* ---- life ---- */
 
-static unsigned threads(void)
-{
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-    return n < 1 ? 1 : n > (long)THREADS_MAX ? THREADS_MAX : (unsigned)n;
-}
-
 /* Joins all threads and lets go of every process: what is missing in one from then on reads as zero. */
 static void end(struct bn_host_fill *f)
 {
@@ -534,7 +511,7 @@ int bn_host_fill_start(struct bn_env *env, int dirfd, int listener, struct bn_re
     } else {
         int r = -pthread_create(&f->server, NULL, serve, f);
         f->serving = r == 0;
-        unsigned n = threads();
+        unsigned n = bn_cores(THREADS_MAX);
         while (r == 0 && f->nworkers < n && pthread_create(&f->workers[f->nworkers], NULL, work, f) == 0)
             f->nworkers++;
         if (f->nworkers == 0)

@@ -12,7 +12,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#define THREADS_MAX 16
+#define THREADS_MAX 16u
 
 struct file {
     dev_t dev;
@@ -173,8 +173,7 @@ int bn_verify_image(struct bn_verify *v, int dirfd, const struct bn_manifest *m,
     }
     if (r == 0) {
         choose(v, &run, files);
-        long cpus = sysconf(_SC_NPROCESSORS_ONLN);
-        size_t threads = cpus < 1 ? 1 : cpus > THREADS_MAX ? THREADS_MAX : (size_t)cpus;
+        size_t threads = bn_cores(THREADS_MAX);
         r = bn_parallel(threads < run.n ? threads : run.n, work, &run, err);
     }
     if (r == 0)

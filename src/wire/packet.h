@@ -11,7 +11,8 @@ int bn_packet_send(int sock, const struct iovec *iov, size_t niov, const int *fd
 int bn_packet_try_send(int sock, const struct iovec *iov, size_t niov, const int *fds, size_t nfds);
 
 /* Receive one packet of at most `cap` bytes. -EPIPE: the peer closed. -EMSGSIZE: it was longer (the rest is lost).
- * At most `max` descriptors are handed over (O_CLOEXEC), surplus ones are closed; fds/nfds may be NULL when max is 0. */
+ * At most `max` descriptors are handed over (O_CLOEXEC), surplus ones are closed; fds/nfds may be NULL when max is 0. On a stream socket: up
+ * to `cap` bytes of what has come, and the rest later. */
 int bn_packet_recv(int sock, void *buf, size_t cap, size_t *len, int *fds, size_t max, size_t *nfds);
 int bn_packet_try_recv(int sock, void *buf, size_t cap, size_t *len, int *fds, size_t max, size_t *nfds);
 
