@@ -139,7 +139,8 @@ static bool is_dead(CUcontext ctx, CUdevice dev)
         if (bn_ctx_find_locked(ctx))
             return false;
     }
-    return !bn_ctx_primary(dev);
+    CUcontext primary;
+    return bn_ctx_primary(dev, &primary) != CUDA_SUCCESS || !primary;
 }
 
 /* CUDA_ERROR_UNKNOWN: leave it to the driver. */
@@ -154,7 +155,8 @@ static CUresult try_convert(size_t bytes, CUdeviceptr *out)
         return CUDA_ERROR_UNKNOWN;
     if (bn_load(&bn_track.devices[dev].reset) && is_dead(ctx, dev))
         return CUDA_ERROR_UNKNOWN;
-    ctx = bn_ctx_of_memory(ctx, dev);
+    if (bn_ctx_of_memory(&ctx, dev) != CUDA_SUCCESS)
+        return CUDA_ERROR_UNKNOWN;
     if (bn_capture_any()) {
         CUresult r = bn_capture_probe();
         if (r != CUDA_SUCCESS)
@@ -172,9 +174,9 @@ static void note_native(CUdeviceptr p, size_t bytes, bool managed)
         return;
     CUcontext ctx = NULL;
     CUdevice dev;
-    if (bn_real.cuCtxGetCurrent(&ctx) != CUDA_SUCCESS || bn_real.cuCtxGetDevice(&dev) != CUDA_SUCCESS)
+    if (bn_real.cuCtxGetCurrent(&ctx) != CUDA_SUCCESS || bn_real.cuCtxGetDevice(&dev) != CUDA_SUCCESS ||
+        bn_ctx_of_memory(&ctx, dev) != CUDA_SUCCESS)
         return;
-    ctx = bn_ctx_of_memory(ctx, dev);
     BN_LOCKED();
     if (bn_tree_find(&bn_track.allocs, p))
         return;

@@ -27,6 +27,8 @@ static void add(uint64_t key)
     struct bn_node *n = bn_pool_get(&bn_track.node_pool);
     if (n)
         bn_tree_insert(&bn_track.captures, n, key);
+    else
+        bn_store(&bn_track.missed, true);
     publish_locked();
 }
 

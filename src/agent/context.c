@@ -75,26 +75,41 @@ CUresult bn_wrap_cuCtxDestroy_v2(CUcontext ctx)
 
 /* ---- primary contexts ------------------------------------------------------------------------------ */
 
-static bool primary_active(CUdevice dev)
+static CUresult primary_state(CUdevice dev, int *active)
 {
     unsigned flags;
-    int active = 0;
-    return bn_real.cuDevicePrimaryCtxGetState &&
-           bn_real.cuDevicePrimaryCtxGetState(dev, &flags, &active) == CUDA_SUCCESS && active;
+    *active = 0;
+    if (!bn_real.cuDevicePrimaryCtxGetState)
+        return CUDA_ERROR_NOT_FOUND;
+    return bn_real.cuDevicePrimaryCtxGetState(dev, &flags, active);
 }
 
-/* The device's primary context if it is active, however it was retained. */
-CUcontext bn_ctx_primary(CUdevice dev)
+CUresult bn_ctx_primary(CUdevice dev, CUcontext *ctx)
 {
-    CUcontext ctx = NULL;
-    if (!primary_active(dev) || !bn_real.cuDevicePrimaryCtxRetain ||
-        bn_real.cuDevicePrimaryCtxRetain(&ctx, dev) != CUDA_SUCCESS)
-        return NULL;
+    int active;
+    *ctx = NULL;
+    CUresult r = primary_state(dev, &active);
+    if (r != CUDA_SUCCESS || !active)
+        return r;
+    if (!bn_real.cuDevicePrimaryCtxRetain)
+        return CUDA_ERROR_NOT_FOUND;
+    r = bn_real.cuDevicePrimaryCtxRetain(ctx, dev);
+    if (r != CUDA_SUCCESS)
+        return r;
     if (bn_real.cuDevicePrimaryCtxRelease_v2)
         bn_real.cuDevicePrimaryCtxRelease_v2(dev);
     else if (bn_real.cuDevicePrimaryCtxRelease)
         bn_real.cuDevicePrimaryCtxRelease(dev);
-    return ctx;
+    return CUDA_SUCCESS;
+}
+
+/* `ctx` was the device's primary context before a call that may have ended it. One that cannot be asked about lives: what is
+ * taken for gone would be freed. */
+static void gone_unless_active(CUresult r, CUdevice dev, CUcontext ctx)
+{
+    int active;
+    if (primary_state(dev, &active) == CUDA_SUCCESS && !active)
+        gone(r, ctx, true);
 }
 
 CUresult bn_wrap_cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev)
@@ -108,20 +123,20 @@ CUresult bn_wrap_cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev)
 CUresult bn_wrap_cuDevicePrimaryCtxRelease(CUdevice dev)
 {
     BN_GATED();
-    CUcontext ctx = bn_ctx_primary(dev);
+    CUcontext ctx;
+    bn_ctx_primary(dev, &ctx);
     CUresult r = bn_real.cuDevicePrimaryCtxRelease(dev);
-    if (!primary_active(dev))
-        gone(r, ctx, true);
+    gone_unless_active(r, dev, ctx);
     return r;
 }
 
 CUresult bn_wrap_cuDevicePrimaryCtxRelease_v2(CUdevice dev)
 {
     BN_GATED();
-    CUcontext ctx = bn_ctx_primary(dev);
+    CUcontext ctx;
+    bn_ctx_primary(dev, &ctx);
     CUresult r = bn_real.cuDevicePrimaryCtxRelease_v2(dev);
-    if (!primary_active(dev))
-        gone(r, ctx, true);
+    gone_unless_active(r, dev, ctx);
     return r;
 }
 
@@ -135,7 +150,8 @@ static void was_reset(CUresult r, CUdevice dev, CUcontext ctx)
 CUresult bn_wrap_cuDevicePrimaryCtxReset(CUdevice dev)
 {
     BN_GATED();
-    CUcontext ctx = bn_ctx_primary(dev);
+    CUcontext ctx;
+    bn_ctx_primary(dev, &ctx);
     CUresult r = bn_real.cuDevicePrimaryCtxReset(dev);
     was_reset(r, dev, ctx);
     return r;
@@ -144,7 +160,8 @@ CUresult bn_wrap_cuDevicePrimaryCtxReset(CUdevice dev)
 CUresult bn_wrap_cuDevicePrimaryCtxReset_v2(CUdevice dev)
 {
     BN_GATED();
-    CUcontext ctx = bn_ctx_primary(dev);
+    CUcontext ctx;
+    bn_ctx_primary(dev, &ctx);
     CUresult r = bn_real.cuDevicePrimaryCtxReset_v2(dev);
     was_reset(r, dev, ctx);
     return r;
@@ -157,27 +174,32 @@ CUresult bn_wrap_cuGreenCtxCreate(CUgreenCtx *phCtx, CUdevResourceDesc desc, CUd
     BN_GATED();
     CUresult r = bn_real.cuGreenCtxCreate(phCtx, desc, dev, flags);
     CUcontext ctx = NULL;
-    if (r == CUDA_SUCCESS && phCtx && bn_real.cuCtxFromGreenCtx &&
-        bn_real.cuCtxFromGreenCtx(&ctx, *phCtx) == CUDA_SUCCESS)
+    if (r != CUDA_SUCCESS || !phCtx)
+        return r;
+    if (bn_real.cuCtxFromGreenCtx && bn_real.cuCtxFromGreenCtx(&ctx, *phCtx) == CUDA_SUCCESS)
         created(r, &ctx, dev, BN_CTX_GREEN, *phCtx);
+    else
+        bn_store(&bn_track.missed, true);
     return r;
 }
 
-CUcontext bn_ctx_of_memory(CUcontext ctx, CUdevice dev)
+CUresult bn_ctx_of_memory(CUcontext *ctx, CUdevice dev)
 {
     if (!bn_load(&bn_track.green))
-        return ctx;
+        return CUDA_SUCCESS;
     {
         BN_LOCKED();
-        const struct bn_ctx *c = bn_ctx_find_locked(ctx);
+        const struct bn_ctx *c = bn_ctx_find_locked(*ctx);
         if (!c || c->kind != BN_CTX_GREEN)
-            return ctx;
+            return CUDA_SUCCESS;
     }
-    CUcontext primary = bn_ctx_primary(dev);
-    if (!primary)
-        return ctx;
+    CUcontext primary;
+    CUresult r = bn_ctx_primary(dev, &primary);
+    if (r != CUDA_SUCCESS || !primary)
+        return r;
     created(CUDA_SUCCESS, &primary, dev, BN_CTX_PRIMARY, NULL); /* only the green one may have retained it */
-    return primary;
+    *ctx = primary;
+    return CUDA_SUCCESS;
 }
 
 static bool find_green(CUgreenCtx green, CUcontext *ctx, CUdevice *dev)
@@ -200,11 +222,11 @@ CUresult bn_wrap_cuGreenCtxDestroy(CUgreenCtx hCtx)
     CUdevice dev = 0;
     bool known = find_green(hCtx, &ctx, &dev);
     if (known)
-        primary = bn_ctx_primary(dev);
+        bn_ctx_primary(dev, &primary);
     CUresult r = bn_real.cuGreenCtxDestroy(hCtx);
     gone(r, ctx, true);
-    if (known && !primary_active(dev))
-        gone(r, primary, true);
+    if (known)
+        gone_unless_active(r, dev, primary);
     return r;
 }
 
@@ -270,16 +292,16 @@ static CUresult mirror_locked(CUcontext to, CUdevice dev, bool on)
     return r;
 }
 
-static CUcontext memory_of_peer(CUcontext ctx)
+static CUresult memory_of_peer(CUcontext *ctx)
 {
     CUdevice dev = -1;
     {
         BN_LOCKED();
-        const struct bn_ctx *c = bn_ctx_find_locked(ctx);
+        const struct bn_ctx *c = bn_ctx_find_locked(*ctx);
         if (c)
             dev = c->dev;
     }
-    return dev < 0 ? ctx : bn_ctx_of_memory(ctx, dev);
+    return dev < 0 ? CUDA_SUCCESS : bn_ctx_of_memory(ctx, dev);
 }
 
 CUresult bn_wrap_cuCtxEnablePeerAccess(CUcontext peerContext, unsigned int Flags)
@@ -291,9 +313,11 @@ CUresult bn_wrap_cuCtxEnablePeerAccess(CUcontext peerContext, unsigned int Flags
     if (r != CUDA_SUCCESS || !bn_agent_converting() || bn_real.cuCtxGetCurrent(&from) != CUDA_SUCCESS ||
         bn_real.cuCtxGetDevice(&dev) != CUDA_SUCCESS || dev < 0 || dev >= (int)BN_GPUS_MAX)
         return r;
-    from = bn_ctx_of_memory(from, dev);
-    CUcontext to = memory_of_peer(peerContext);
-    {
+    CUcontext to = peerContext;
+    r = bn_ctx_of_memory(&from, dev);
+    if (r == CUDA_SUCCESS)
+        r = memory_of_peer(&to);
+    if (r == CUDA_SUCCESS) {
         BN_LOCKED();
         struct bn_peer *p = bn_pool_get(&bn_track.peer_pool);
         r = p ? mirror_locked(to, dev, true) : CUDA_ERROR_OUT_OF_MEMORY;
@@ -318,8 +342,9 @@ CUresult bn_wrap_cuCtxDisablePeerAccess(CUcontext peerContext)
     if (r != CUDA_SUCCESS || bn_real.cuCtxGetCurrent(&from) != CUDA_SUCCESS ||
         bn_real.cuCtxGetDevice(&dev) != CUDA_SUCCESS)
         return r;
-    from = bn_ctx_of_memory(from, dev);
-    CUcontext to = memory_of_peer(peerContext);
+    CUcontext to = peerContext;
+    if (bn_ctx_of_memory(&from, dev) != CUDA_SUCCESS || memory_of_peer(&to) != CUDA_SUCCESS)
+        return r; /* it keeps its access to what Bennu holds */
     BN_LOCKED();
     for (struct bn_peer **at = &bn_track.peers; *at; at = &(*at)->next) {
         struct bn_peer *p = *at;

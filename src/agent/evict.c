@@ -100,6 +100,11 @@ static int check_blockers(struct bn_answer *a)
         return bn_answer_fail(a, ENOTSUP, 0,
                               "it has %llu multicast objects, which the driver cannot checkpoint",
                               (unsigned long long)multicast);
+    if (bn_load(&bn_track.missed))
+        return bn_answer_fail(
+            a, ENOTSUP, 0,
+            "something that it asked of the driver could not be kept track of (its memory was "
+            "full, or the driver failed): only a new start of it helps");
     return 0;
 }
 
@@ -135,6 +140,8 @@ static int check_closed(uint64_t deadline, uint64_t timeout_ms, struct bn_answer
                               (unsigned long long)timeout_ms);
     if (r == -EIO)
         return bn_answer_fail(a, EIO, cuda, "a CUDA context of it is broken: %s", cuda_text(cuda));
+    if (r == -E2BIG)
+        return bn_answer_fail(a, E2BIG, 0, "it has more CUDA contexts than can be waited for");
     if (r < 0)
         return bn_answer_fail(a, -r, 0, "the process can have no more threads");
     {

@@ -107,24 +107,34 @@ static bool rests_by(uint64_t deadline_ns)
     }
 }
 
-static void add_context(CUcontext ctx)
+static bool add_context(CUcontext ctx)
 {
     for (unsigned i = 0; i < idle.count; i++)
         if (idle.ctxs[i] == ctx)
-            return;
-    if (ctx && idle.count < CONTEXTS_MAX)
-        idle.ctxs[idle.count++] = ctx;
+            return true;
+    if (idle.count == CONTEXTS_MAX)
+        return false;
+    idle.ctxs[idle.count++] = ctx;
+    return true;
 }
 
-static void collect(void)
+/* 0; -E2BIG; -EIO: the driver does not say what there is, *cuda why. */
+static int collect(CUresult *cuda)
 {
     BN_LOCKED();
     idle.count = 0;
     for (struct bn_ctx *c = bn_track.ctxs; c; c = c->next)
-        if (c->kind != BN_CTX_PRIMARY)
-            add_context(c->ctx);
-    for (int dev = 0; dev < bn_track.device_count; dev++)
-        add_context(bn_ctx_primary(dev));
+        if (c->kind != BN_CTX_PRIMARY && !add_context(c->ctx))
+            return -E2BIG;
+    for (int dev = 0; dev < bn_track.device_count; dev++) {
+        CUcontext ctx;
+        *cuda = bn_ctx_primary(dev, &ctx);
+        if (*cuda != CUDA_SUCCESS)
+            return -EIO;
+        if (ctx && !add_context(ctx))
+            return -E2BIG;
+    }
+    return 0;
 }
 
 int bn_idle_wait(uint64_t deadline_ns, CUresult *cuda)
@@ -136,7 +146,9 @@ int bn_idle_wait(uint64_t deadline_ns, CUresult *cuda)
     }
     if (!rests_by(deadline_ns)) /* an earlier, given up round */
         return -EBUSY;
-    collect();
+    int r = collect(cuda);
+    if (r < 0)
+        return r;
     bn_store(&idle.cancel, 0);
     bn_store_rel(&idle.asked, idle.asked + 1);
     bn_futex_wake(&idle.asked, 1);

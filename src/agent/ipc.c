@@ -213,7 +213,9 @@ static CUresult open_ours(const struct handle *h, unsigned flags, CUdeviceptr *o
         return CUDA_ERROR_INVALID_VALUE;
     if (memcmp(h->instance, bn_agent_page()->instance, sizeof(h->instance)) == 0)
         return CUDA_ERROR_INVALID_CONTEXT; /* the driver's answer in the process that made the handle */
-    ctx = bn_ctx_of_memory(ctx, dev);
+    r = bn_ctx_of_memory(&ctx, dev);
+    if (r != CUDA_SUCCESS)
+        return r;
     BN_LOCKED();
     struct bn_alloc *open = already_open_locked(h, ctx);
     if (open) {

@@ -77,8 +77,9 @@ static enum bn_agent_mps mps_client(int count)
 void bn_track_devices(void)
 {
     int count = 0;
-    if (!bn_real.cuDeviceGetCount || bn_real.cuDeviceGetCount(&count) != CUDA_SUCCESS)
-        return;
+    if (!bn_real.cuDeviceGetCount || bn_real.cuDeviceGetCount(&count) != CUDA_SUCCESS ||
+        count > (int)BN_GPUS_MAX)
+        bn_store(&bn_track.missed, true); /* work on those that are not known would not be waited for */
     count = count > (int)BN_GPUS_MAX ? (int)BN_GPUS_MAX : count;
     for (int i = 0; i < count; i++) {
         CUdevice dev;
@@ -122,7 +123,7 @@ void bn_track_drop(void)
     t->peers = NULL;
     t->later = NULL;
     t->capturing = 0;
-    t->green = false;
+    t->green = t->missed = false;
     t->device_count = 0;
     bn_share_drop();
     memset(t->devices, 0, sizeof(t->devices));
@@ -327,9 +328,13 @@ struct bn_ctx *bn_ctx_find_locked(CUcontext ctx)
 
 void bn_ctx_add_locked(CUcontext ctx, CUdevice dev, enum bn_ctx_kind kind, CUgreenCtx green)
 {
-    struct bn_ctx *c = bn_ctx_find_locked(ctx) ? NULL : bn_pool_get(&bn_track.ctx_pool);
-    if (!c)
+    if (bn_ctx_find_locked(ctx))
         return;
+    struct bn_ctx *c = bn_pool_get(&bn_track.ctx_pool);
+    if (!c) {
+        bn_store(&bn_track.missed, true);
+        return;
+    }
     *c = (struct bn_ctx){.next = bn_track.ctxs, .ctx = ctx, .green = green, .dev = dev, .kind = kind};
     bn_track.ctxs = c;
 }

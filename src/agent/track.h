@@ -127,7 +127,8 @@ struct bn_track {
     struct bn_alloc *later; /* freed by the application during a stream capture: gone when it has ended */
     uint64_t last_id;       /* of segments and allocations */
     bool green;             /* there was a green context at some time */
-    uint32_t capturing;     /* captures.count, to be read without the lock */
+    bool missed;        /* something that a checkpoint must know of could not be noted: there can be none */
+    uint32_t capturing; /* captures.count, to be read without the lock */
     struct bn_device devices[BN_GPUS_MAX];
     int device_count;
 };
@@ -195,9 +196,9 @@ void bn_ctx_add_locked(CUcontext ctx, CUdevice dev, enum bn_ctx_kind kind, CUgre
 void bn_ctx_gone_locked(CUcontext ctx, bool forget) BN_API_LOCAL;
 /* Wait for everything in `ctx`, whatever is current. */
 CUresult bn_ctx_synchronize(CUcontext ctx) BN_API_LOCAL;
-/* Whose memory is allocated while `ctx`, of device `dev`, is current: a green context has none of its own, it shares the primary
- * one's (the driver's documentation of cuCtxFromGreenCtx). */
-CUcontext bn_ctx_of_memory(CUcontext ctx, CUdevice dev) BN_API_LOCAL;
+/* Whose memory is allocated while *ctx, of device `dev`, is current: a green context has none of its own, it shares the primary
+ * one's (the driver's documentation of cuCtxFromGreenCtx). An error is the driver's: *ctx is as it was. */
+CUresult bn_ctx_of_memory(CUcontext *ctx, CUdevice dev) BN_API_LOCAL;
 /* Make some live context current to the calling thread (the agent's own). */
 void bn_ctx_borrow(void) BN_API_LOCAL;
 void bn_ctx_unborrow(void) BN_API_LOCAL;

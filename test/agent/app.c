@@ -491,6 +491,7 @@ static bool special(const char *word, unsigned long a)
 {
     CUresult r = CUDA_SUCCESS;
     CUgraph graph = NULL;
+    CUgreenCtx green;
     int fd = -1;
     CUipcMemHandle handle;
     if (strcmp(word, "small") == 0) {
@@ -499,6 +500,8 @@ static bool special(const char *word, unsigned long a)
         r = cu.cuIpcGetMemHandle(&handle, small);
     } else if (strcmp(word, "freesmall") == 0) {
         r = cu.cuMemFree_v2(small);
+    } else if (strcmp(word, "green") == 0) {
+        r = cu.cuGreenCtxCreate(&green, NULL, 0, 0);
     } else if (strcmp(word, "managed") == 0) {
         r = cu.cuMemAllocManaged(&managed, a, CU_MEM_ATTACH_GLOBAL);
     } else if (strcmp(word, "unmanage") == 0) {
@@ -571,7 +574,12 @@ int main(int argc, char **argv)
     }
     cu_load(&cu, need_env("BENNU_AGENT"), RTLD_NOW | RTLD_LOCAL);
     must(cu.cuInit(0), "cuInit");
-    must(cu.cuCtxCreate_v2(&context, 0, 0), "cuCtxCreate");
+    if (getenv("BENNU_TEST_PRIMARY")) {
+        must(cu.cuDevicePrimaryCtxRetain(&context, 0), "cuDevicePrimaryCtxRetain");
+        must(cu.cuCtxSetCurrent(context), "cuCtxSetCurrent");
+    } else {
+        must(cu.cuCtxCreate_v2(&context, 0, 0), "cuCtxCreate");
+    }
     must(cu.cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING), "cuStreamCreate");
     printf("ok\n");
     fflush(stdout);

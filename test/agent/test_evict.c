@@ -575,24 +575,57 @@ static void test_busy(void **state)
     child_end(&c);
 }
 
-/* The driver fails in the middle of things: nothing is lost, and another try succeeds. */
-static void say_failure(const char *path, const char *rule)
+/* Whether the GPU is at work in the primary context cannot be told: then nothing may be taken away. */
+static void test_work_unknown(void **state)
 {
-    FILE *f = fopen(path, "we");
-    assert_non_null(f);
-    fprintf(f, "%s\n", rule);
-    fclose(f);
+    static const char *const calls[] = {"cuDevicePrimaryCtxGetState", "cuDevicePrimaryCtxRetain",
+                                        "cuCtxSetCurrent", "cuCtxSynchronize"};
+    char path[] = "/tmp/bennu-agent-test-XXXXXX", rule[128];
+    struct child c;
+    int fd = mkstemp(path);
+    assert_true(fd >= 0);
+    close(fd);
+    setenv("BENNU_SIM_FAIL_FILE", path, 1);
+    setenv("BENNU_TEST_PRIMARY", "1", 1);
+    child_start(&c, NULL);
+    unsetenv("BENNU_SIM_FAIL_FILE");
+    unsetenv("BENNU_TEST_PRIMARY");
+    populate(&c);
+    struct bn_agent *a = attach(&c);
+    for (size_t i = 0; i < sizeof(calls) / sizeof(calls[0]); i++) {
+        struct bn_error said = BN_ERROR_INIT;
+        child_do(&c, "block");
+        snprintf(rule, sizeof(rule), "%s:1=999", calls[i]);
+        say_failure(path, rule);
+        assert_int_equal(bn_agent_close_gate(a, 150, &said), -EIO);
+        assert_non_null(strstr(said.text, "CUDA_ERROR_UNKNOWN"));
+        assert_int_equal(page_of(a).state, BN_AGENT_ACTIVE);
+        child_do(&c, "unblock");
+        CHECK(bn_agent_close_gate(a, 30000, err));
+        CHECK(bn_agent_open_gate(a, err));
+    }
+    /* A context of which the agent never learns. */
+    struct bn_error said = BN_ERROR_INIT;
+    say_failure(path, "cuCtxFromGreenCtx:1=999");
+    child_do(&c, "green");
+    assert_int_equal(bn_agent_close_gate(a, 30000, &said), -ENOTSUP);
+    assert_non_null(strstr(said.text, "kept track of"));
+    child_do(&c, "check 1");
+    unlink(path);
+    bn_agent_free(a);
+    child_end(&c);
 }
 
+/* The driver fails in the middle of things: nothing is lost, and another try succeeds. */
 static void test_driver_fails(void **state)
 {
     static const char *const evict[] = {"cuMemUnmap:1=999", "cuMemUnmap:4=999",
                                         "cuMemExportToShareableHandle:3=304"};
     static const char *const import[] = {"cuMemImportFromShareableHandle:1=2", "cuMemMap:3=2",
                                          "cuMemSetAccess:5=999", "cuMemImportFromShareableHandle:6=999"};
-    char path[] = "/tmp/bennu-agent-test-XXXXXX", rule[128];
+    char path[] = "/tmp/bennu-agent-test-XXXXXX";
     struct child c;
-    int fd = mkstemp(path), round = 0;
+    int fd = mkstemp(path);
     assert_true(fd >= 0);
     close(fd);
     setenv("BENNU_SIM_FAIL_FILE", path, 1);
@@ -606,8 +639,7 @@ static void test_driver_fails(void **state)
         CHECK(bn_agent_close_gate(a, 10000, err));
         CHECK(bn_agent_list(a, &h.segs, &h.n, err));
         h.fds = malloc((h.n + 1) * sizeof(int));
-        snprintf(rule, sizeof(rule), "%s,none:%d=1", evict[i], ++round);
-        say_failure(path, rule);
+        say_failure(path, evict[i]);
         int r = bn_agent_export(a, h.segs, h.n, h.fds, &said);
         if (r == 0)
             r = bn_agent_evict(a, &said);
@@ -625,8 +657,7 @@ static void test_driver_fails(void **state)
         CHECK(bn_agent_close_gate(a, 10000, err));
         held_take(&h, a);
         CHECK(bn_agent_evict(a, err));
-        snprintf(rule, sizeof(rule), "%s,none:%d=1", import[i], ++round);
-        say_failure(path, rule);
+        say_failure(path, import[i]);
         int r = bn_agent_import(a, h.segs, h.fds, h.n, &said);
         assert_true(r == -ENOMEM || r == -EIO);
         assert_int_equal(page_of(a).state, BN_AGENT_EVICTED);
@@ -682,6 +713,7 @@ int main(void)
         cmocka_unit_test(test_fork),
         cmocka_unit_test(test_ipc),
         cmocka_unit_test(test_busy),
+        cmocka_unit_test(test_work_unknown),
         cmocka_unit_test(test_driver_fails),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -96,10 +96,7 @@ static void test_conversion_fails(void **state)
     for (size_t i = 0; i <= sizeof(rules) / sizeof(rules[0]); i++) {
         CUdeviceptr p = 0;
         bool last = i == sizeof(rules) / sizeof(rules[0]);
-        FILE *f = fopen(path, "we");
-        assert_non_null(f);
-        fprintf(f, "%s,none:%zu=1\n", last ? "cuMemCreate:1=2" : rules[i], i + 1);
-        fclose(f);
+        say_failure(path, last ? "cuMemCreate:1=2" : rules[i]);
         CUresult r = cu.cuMemAlloc_v2(&p, 4 * MIB);
         assert_int_equal(r, last ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS);
         assert_int_equal(page().gpu[0].segments, before.gpu[0].segments);
@@ -245,6 +242,30 @@ static void test_context_takes_its_memory_along(void **state)
         assert_int_equal(cu.cuCtxSetCurrent(ctx), 0);
         assert_true(free_memory() >= room);
     }
+}
+
+/* Whether the primary context went with a release cannot be told: what is allocated in it stays. */
+static void test_context_that_cannot_be_asked_about(void **state)
+{
+    CUcontext primary;
+    CUdeviceptr p;
+    uint32_t word = 0;
+    const char *path = need_env("BENNU_SIM_FAIL_FILE");
+    struct bn_agent_page before = page();
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(cu.cuDevicePrimaryCtxRetain(&primary, 0), 0);
+    assert_int_equal(cu.cuCtxSetCurrent(primary), 0);
+    assert_int_equal(cu.cuMemAlloc_v2(&p, 6 * MIB), 0);
+    assert_int_equal(cu.cuMemsetD32_v2(p, 0x12345678, 6 * MIB / 4), 0);
+    say_failure(path, "cuDevicePrimaryCtxGetState:2=999");
+    assert_int_equal(cu.cuDevicePrimaryCtxRelease_v2(0), 0);
+    assert_int_equal(truncate(path, 0), 0);
+    assert_int_equal(page().allocations, before.allocations + 1);
+    assert_int_equal(cu.cuMemcpyDtoH_v2(&word, p + 5 * MIB, sizeof(word)), 0);
+    assert_int_equal(word, 0x12345678);
+    assert_int_equal(cu.cuDevicePrimaryCtxRelease_v2(0), 0);
+    assert_int_equal(page().allocations, before.allocations);
+    assert_int_equal(cu.cuCtxSetCurrent(ctx), 0);
 }
 
 /* ---- peer access ------------------------------------------------------------------------------------- */
@@ -553,6 +574,7 @@ int main(void)
         cmocka_unit_test(test_pitch),
         cmocka_unit_test(test_vmm_calls_refuse_converted_memory),
         cmocka_unit_test(test_context_takes_its_memory_along),
+        cmocka_unit_test(test_context_that_cannot_be_asked_about),
         cmocka_unit_test(test_peer_access),
         cmocka_unit_test(test_tokens),
         cmocka_unit_test(test_foreign_and_host_memory_is_counted),

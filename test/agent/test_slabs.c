@@ -241,15 +241,6 @@ static void test_every_block_that_fits(void **state)
     assert_int_equal(free_memory(&native) / UNIT, fit);
 }
 
-static void say_failure(const char *rule)
-{
-    static int number;
-    FILE *f = fopen(fail_file, "we");
-    assert_non_null(f);
-    fprintf(f, "%s,none:%d=1\n", rule, ++number); /* never the same text twice */
-    fclose(f);
-}
-
 /* There is no memory for a slab of the size that is due, or something else goes wrong with it. */
 static void test_smaller_slabs(void **state)
 {
@@ -273,11 +264,11 @@ static void test_smaller_slabs(void **state)
         while (page().gpu[0].bytes - before.gpu[0].bytes > n * UNIT)
             get(&b[n++], UNIT, true); /* until the room is used up: the next one needs a slab */
         size_t segments = page().gpu[0].segments, away = free_memory(&native);
-        say_failure(cases[k].rule);
+        say_failure(fail_file, cases[k].rule);
         get(&b[n++], UNIT, true);
         assert_int_equal(page().gpu[0].segments, segments + cases[k].more);
         assert_true(away - free_memory(&native) < 14 * UNIT); /* 13 would have been its size */
-        say_failure("none:1=1");
+        say_failure(fail_file, "none:1=1");
         put_all(b, n);
         assert_int_equal(page().gpu[0].segments, before.gpu[0].segments);
         assert_int_equal(page().native_bytes, before.native_bytes);
@@ -404,9 +395,9 @@ static void test_sync_memops_of_one(void **state)
     int on = 1;
     for (size_t i = 0; i < 40; i++)
         get(&b[i], UNIT, true);
-    say_failure("cuPointerSetAttribute:1=801");
+    say_failure(fail_file, "cuPointerSetAttribute:1=801");
     assert_int_equal(cu.cuPointerSetAttribute(&on, CU_POINTER_ATTRIBUTE_SYNC_MEMOPS, b[20].p), 0);
-    say_failure("none:1=1");
+    say_failure(fail_file, "none:1=1");
     for (size_t i = 0; i < 40; i++)
         assert_int_equal(attribute(CU_POINTER_ATTRIBUTE_SYNC_MEMOPS, b[i].p), i == 20);
     put_all(b, 40);
@@ -522,9 +513,9 @@ static void test_peers(void **state)
     for (size_t i = 0; i < 60; i++)
         assert_int_equal(access_from(1, b[i].p), CU_MEM_ACCESS_FLAGS_PROT_NONE);
     /* Half-way through the driver refuses: all is as before. */
-    say_failure("cuMemSetAccess:5=999");
+    say_failure(fail_file, "cuMemSetAccess:5=999");
     assert_int_equal(cu.cuCtxEnablePeerAccess(ctx, 0), CUDA_ERROR_UNKNOWN);
-    say_failure("none:1=1");
+    say_failure(fail_file, "none:1=1");
     for (size_t i = 0; i < 60; i++)
         assert_int_equal(access_from(1, b[i].p), CU_MEM_ACCESS_FLAGS_PROT_NONE);
     assert_int_equal(cu.cuCtxDestroy_v2(second), 0);
