@@ -18,7 +18,7 @@ class Calls(Case):
         self.traces = {who: self.path(f"trace-{who}") for who in ("daemon", "application")}
         self.clear()
         self.start_daemon(**self.variables("daemon"))
-        self.program = self.memcheck("--allocs=3", "--max=3M", "--keep", env=self.variables("application"))
+        self.program = self.memcheck("--allocs=3", "--max=3M", "--keep", "--pause=0", env=self.variables("application"))
         self.outcomes = collections.Counter()
 
     def variables(self, who):
