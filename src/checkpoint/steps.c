@@ -202,8 +202,10 @@ int bn_target_evict(struct bn_target *t, struct bn_error *err)
         return 0;
     int r = bn_agent_evict(t->agent, err);
     struct bn_agent_page page;
-    if (r == 0 || (bn_agent_page(t->agent, &page) == 0 && page.state == BN_AGENT_EVICTED))
-        t->evicted = true; /* after a failure as well, when only the handles could not be let go */
+    /* After a failure as well, when only the handles could not be let go; and where no answer came, it may yet do it: until it says
+     * otherwise, what we hold is the only copy. */
+    t->evicted = r == 0 || !bn_agent_answered(t->agent) || bn_agent_page(t->agent, &page) < 0 ||
+                 page.state != BN_AGENT_CLOSED;
     return r;
 }
 

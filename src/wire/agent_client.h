@@ -47,6 +47,9 @@ void bn_agent_detach(struct bn_agent *a);
 int bn_agent_close_gate(struct bn_agent *a, unsigned timeout_ms, struct bn_error *err);
 int bn_agent_open_gate(struct bn_agent *a, struct bn_error *err);
 int bn_agent_evict(struct bn_agent *a, struct bn_error *err);
+/* Whether the latest of these was answered. One that was not waits in the agent's queue: a process that was stopped does it when it
+ * goes on, before whatever is asked of it afterwards. */
+bool bn_agent_answered(const struct bn_agent *a);
 
 /* Bytes given back. The caller has stopped every thread but bn_agent_tid(), the agent's, in our pid namespace (-ESRCH). */
 int bn_agent_purge(struct bn_agent *a, uint64_t *freed, struct bn_error *err);
