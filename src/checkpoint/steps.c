@@ -256,10 +256,11 @@ int bn_target_restore(struct bn_target *t, struct bn_gpu *gpu, const struct bn_c
 {
     if (!t->checkpointed)
         return 0;
-    int r = bn_ckpt_restore(gpu, t->pid, pairs, npairs, err);
+    bool asked;
+    int r = bn_ckpt_restore(gpu, t->pid, pairs, npairs, &asked, err);
     if (r == 0)
         t->checkpointed = t->lost = false;
-    else if (r != -ESRCH)
+    else if (asked && r != -ESRCH)
         t->lost = true;
     return r;
 }

@@ -323,9 +323,10 @@ int bn_ckpt_checkpoint(struct bn_gpu *gpu, pid_t pid, struct bn_error *err)
     return c == CUDA_SUCCESS ? 0 : step_failed(gpu, CHECKPOINT, pid, c, err);
 }
 
-int bn_ckpt_restore(struct bn_gpu *gpu, pid_t pid, const struct bn_ckpt_pair *pairs, size_t n,
+int bn_ckpt_restore(struct bn_gpu *gpu, pid_t pid, const struct bn_ckpt_pair *pairs, size_t n, bool *asked,
                     struct bn_error *err)
 {
+    *asked = false;
     if (!pairs)
         n = 0;
     int r = prepare(gpu, RESTORE, pid, n > 0, err);
@@ -340,6 +341,7 @@ int bn_ckpt_restore(struct bn_gpu *gpu, pid_t pid, const struct bn_ckpt_pair *pa
         memcpy(map[i].newUuid.bytes, pairs[i].to, 16);
     }
     CUcheckpointRestoreArgs args = {.gpuPairs = n ? map : NULL, .gpuPairsCount = (unsigned)n};
+    *asked = true;
     CUresult c = gpu->cu.CheckpointRestore(pid, &args);
     return c == CUDA_SUCCESS ? 0 : step_failed(gpu, RESTORE, pid, c, err);
 }

@@ -299,12 +299,12 @@ struct bn_ckpt_pair {
  *   -EBUSY    lock: work on the GPU did not end in time
  *   -ENOMEM   restore: not enough free memory on the GPU
  *   -ENOSYS   no checkpoint calls in this driver, or (pairs) older than 580
- *   other     the driver's own reason; after a failed restore the process is lost
+ *   other     the driver's own reason; after a restore that the driver was asked for and refused the process is lost
  * After a failed checkpoint the process is still locked: unlock it. */
 int bn_ckpt_lock(struct bn_gpu *gpu, pid_t pid, unsigned timeout_ms, struct bn_error *err);
 int bn_ckpt_checkpoint(struct bn_gpu *gpu, pid_t pid, struct bn_error *err);
 /* `pairs` NULL: onto the GPUs it came from. Otherwise every GPU of the machine must be listed, same chip
- * type each. */
-int bn_ckpt_restore(struct bn_gpu *gpu, pid_t pid, const struct bn_ckpt_pair *pairs, size_t n,
+ * type each. *asked: whether the driver was called; otherwise everything is as it was. */
+int bn_ckpt_restore(struct bn_gpu *gpu, pid_t pid, const struct bn_ckpt_pair *pairs, size_t n, bool *asked,
                     struct bn_error *err);
 int bn_ckpt_unlock(struct bn_gpu *gpu, pid_t pid, struct bn_error *err);

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -40,6 +41,8 @@ static void still_right(struct child *c)
     ready(c);
 }
 
+static bool asked; /* the driver, by the latest restore */
+
 static void assert_state(struct child *c, enum bn_ckpt_state expected)
 {
     enum bn_ckpt_state s = (enum bn_ckpt_state)99;
@@ -65,12 +68,36 @@ static void steps(void **state)
         assert_state(&c, BN_CKPT_LOCKED);
         assert_ok(bn_ckpt_checkpoint(gpu, c.pid, &err), &err);
         assert_state(&c, BN_CKPT_CHECKPOINTED);
-        assert_ok(bn_ckpt_restore(gpu, c.pid, NULL, 0, &err), &err);
+        assert_ok(bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err), &err);
         assert_state(&c, BN_CKPT_LOCKED);
         assert_ok(bn_ckpt_unlock(gpu, c.pid, &err), &err);
         assert_state(&c, BN_CKPT_RUNNING);
         still_right(&c);
     }
+    child_end(&c);
+}
+
+/* No descriptors are left to look at the process with: the driver is not asked, so nothing is lost. */
+static void restore_not_tried(void **state)
+{
+    struct bn_error err = BN_ERROR_INIT;
+    struct rlimit full, none;
+    struct child c = child_start("cuda", NULL);
+    ready(&c);
+    assert_ok(bn_ckpt_lock(gpu, c.pid, 10000, &err), &err);
+    assert_ok(bn_ckpt_checkpoint(gpu, c.pid, &err), &err);
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &full), 0);
+    none = (struct rlimit){0, full.rlim_max};
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &none), 0);
+    int r = bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err);
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &full), 0);
+    assert_fails(r, EMFILE, &err);
+    assert_false(asked);
+    err = BN_ERROR_INIT;
+    assert_ok(bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err), &err);
+    assert_true(asked);
+    assert_ok(bn_ckpt_unlock(gpu, c.pid, &err), &err);
+    still_right(&c);
     child_end(&c);
 }
 
@@ -84,7 +111,7 @@ static void wrong_state(void **state)
     err = BN_ERROR_INIT;
     assert_fails(bn_ckpt_unlock(gpu, c.pid, &err), EINVAL, &err);
     err = BN_ERROR_INIT;
-    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, 0, &err), EINVAL, &err);
+    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err), EINVAL, &err);
     err = BN_ERROR_INIT;
     assert_ok(bn_ckpt_lock(gpu, c.pid, 10000, &err), &err);
     assert_fails(bn_ckpt_lock(gpu, c.pid, 10000, &err), EINVAL, &err);
@@ -113,7 +140,7 @@ static void no_cuda(void **state)
     err = BN_ERROR_INIT;
     assert_fails(bn_ckpt_lock(gpu, c.pid, 1000, &err), ENODEV, &err);
     err = BN_ERROR_INIT;
-    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, 0, &err), ENODEV, &err);
+    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err), ENODEV, &err);
     pid_t gone = c.pid;
     child_end(&c);
     err = BN_ERROR_INIT;
@@ -179,13 +206,13 @@ static void other_answers(void **state)
     err = BN_ERROR_INIT;
     assert_ok(bn_ckpt_checkpoint(gpu, c.pid, &err), &err);
     inject("cuCheckpointProcessRestore:1=2");
-    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, 0, &err), ENOMEM, &err);
+    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err), ENOMEM, &err);
     inject("cuCheckpointProcessRestore:1=304");
     err = BN_ERROR_INIT;
-    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, 0, &err), EIO, &err);
+    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err), EIO, &err);
     inject("");
     err = BN_ERROR_INIT;
-    assert_ok(bn_ckpt_restore(gpu, c.pid, NULL, 0, &err), &err);
+    assert_ok(bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err), &err);
     assert_ok(bn_ckpt_unlock(gpu, c.pid, &err), &err);
     still_right(&c);
     child_end(&c);
@@ -218,7 +245,7 @@ static void refusals(void **state)
     err = BN_ERROR_INIT;
     assert_ok(bn_ckpt_lock(gpu, c.pid, 10000, &err), &err);
     assert_ok(bn_ckpt_checkpoint(gpu, c.pid, &err), &err);
-    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, 0, &err), ENOTSUP, &err);
+    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err), ENOTSUP, &err);
     assert_non_null(strstr(err.text, "lost"));
     child_kill(&c);
     bn_gpu_set_free(set);
@@ -244,11 +271,11 @@ static void other_gpu(void **state)
         setenv("BENNU_SIM_DRIVER_VERSION", "12080", 1);
         assert_ok(bn_gpu_open(driver_path(), &old, &err), &err);
         unsetenv("BENNU_SIM_DRIVER_VERSION");
-        assert_fails(bn_ckpt_restore(old, c.pid, pairs, n, &err), ENOSYS, &err);
+        assert_fails(bn_ckpt_restore(old, c.pid, pairs, n, &asked, &err), ENOSYS, &err);
         bn_gpu_close(old);
         err = BN_ERROR_INIT;
     }
-    assert_ok(bn_ckpt_restore(gpu, c.pid, pairs, n, &err), &err);
+    assert_ok(bn_ckpt_restore(gpu, c.pid, pairs, n, &asked, &err), &err);
     assert_ok(bn_ckpt_unlock(gpu, c.pid, &err), &err);
     still_right(&c);
     child_end(&c);
@@ -257,9 +284,9 @@ static void other_gpu(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(steps),      cmocka_unit_test(wrong_state), cmocka_unit_test(no_cuda),
-        cmocka_unit_test(refusals),   cmocka_unit_test(other_gpu),   cmocka_unit_test(other_answers),
-        cmocka_unit_test(files_only),
+        cmocka_unit_test(steps),         cmocka_unit_test(restore_not_tried), cmocka_unit_test(wrong_state),
+        cmocka_unit_test(no_cuda),       cmocka_unit_test(refusals),          cmocka_unit_test(other_gpu),
+        cmocka_unit_test(other_answers), cmocka_unit_test(files_only),
     };
     return cmocka_run_group_tests(tests, up, down);
 }
