@@ -105,7 +105,7 @@ unsigned bn_cold_clean(const char *spool, bool (*take)(void *arg, int dirfd), vo
             folder = openat(lock, e->d_name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
         if (folder < 0 || flock(folder, LOCK_EX | LOCK_NB) < 0)
             continue;
-        if (take && flock(folder, LOCK_SH | LOCK_NB) == 0 && take(arg, folder))
+        if (take && (flock(folder, LOCK_SH | LOCK_NB) < 0 || take(arg, folder)))
             continue;
         bn_cold_remove(folder);
         removed++;

@@ -151,10 +151,14 @@ static int remove_named(struct store *s, struct bn_error *err)
     size_t held = 0;
     for (; code == CLI_OK && held < s->catalog.n; held++) {
         const struct bn_entry *e = &s->catalog.entries[held];
-        locks[held] = bn_image_lock(e->fd, true, NULL);
-        if (locks[held] != -EBUSY && e->state != BN_ENTRY_WRITING)
+        struct bn_error why = BN_ERROR_INIT;
+        int r = locks[held] = bn_image_lock(e->fd, true, &why);
+        if (r < 0 && r != -ENOTSUP && r != -EBUSY) /* without locks it goes as well */
+            bn_error_set(err, r, "store", "%.255s: %.230s", e->name, why.text);
+        else if (r == -EBUSY || e->state == BN_ENTRY_WRITING)
+            bn_error_set(err, EBUSY, "store", "%s is in use: try again later", e->name);
+        else
             continue;
-        bn_error_set(err, EBUSY, "store", "%s is in use: try again later", e->name);
         code = CLI_FAILED;
     }
     uint64_t freed = 0;

@@ -160,8 +160,11 @@ static bool find_parent(const struct watch *w, const watch_name *names, size_t n
 static void remove_one(const struct watch *w, const struct bn_entry *e)
 {
     struct bn_error err = BN_ERROR_INIT;
-    bn_auto_fd lock = bn_image_lock(e->fd, true, NULL);
-    if (lock != -EBUSY && bn_entry_remove(w->dir, e, &err) < 0)
+    bn_auto_fd lock = bn_image_lock(e->fd, true, &err);
+    int r = lock < 0 ? lock : 0;
+    if (r == 0 || r == -ENOTSUP) /* without locks it goes as well */
+        r = bn_entry_remove(w->dir, e, &err);
+    if (r < 0 && r != -EBUSY)
         cli_fail(CLI_FAILED, &err, false);
 }
 
