@@ -7,9 +7,10 @@
 
 static int fill(struct bn_error *err, int code, const char *stage, const char *fmt, va_list ap)
 {
-    err->code = code;
-    snprintf(err->stage, sizeof(err->stage), "%s", stage ? stage : "");
-    vsnprintf(err->text, sizeof(err->text), fmt, ap);
+    struct bn_error e = {.code = code}; /* the new words may be made from the old ones */
+    snprintf(e.stage, sizeof(e.stage), "%s", stage ? stage : "");
+    vsnprintf(e.text, sizeof(e.text), fmt, ap);
+    *err = e;
     return -code;
 }
 

@@ -29,7 +29,7 @@ struct bn_error {
 int bn_error_set(struct bn_error *err, int code, const char *stage, const char *fmt, ...)
     __attribute__((format(printf, 4, 5)));
 
-/* As above, but replaces what is there. */
+/* As above, but replaces what is there, from which the arguments may be. */
 int bn_error_replace(struct bn_error *err, int code, const char *stage, const char *fmt, ...)
     __attribute__((format(printf, 4, 5)));
 

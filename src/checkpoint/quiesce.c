@@ -246,6 +246,16 @@ static int up_from(struct bn_quiesce *q, size_t n, struct bn_error *err)
     return first;
 }
 
+static void not_put_back(const struct bn_quiesce *q, int r, const struct bn_error *undo, struct bn_error *err)
+{
+    char again[64] = "";
+    if (bn_quiesce_holds(q)) /* whoever asked keeps it as one that is suspended */
+        snprintf(again, sizeof(again), " ('bennu resume %d' tries again)", q->root);
+    if (err)
+        bn_error_replace(err, r, err->stage, "%.200s; and the process could not be put back: %.190s%s",
+                         err->text, undo->text, again);
+}
+
 int bn_quiesce_down(struct bn_quiesce *q, struct bn_error *err)
 {
     for (size_t s = 0; s < BN_ARRAY_SIZE(steps); s++) {
@@ -256,9 +266,7 @@ int bn_quiesce_down(struct bn_quiesce *q, struct bn_error *err)
             snprintf(err->stage, sizeof(err->stage), "%s", steps[s].name);
         struct bn_error undo = BN_ERROR_INIT;
         if (r < 0 && up_from(q, s + 1, &undo) < 0)
-            bn_error_replace(err, r, err ? err->stage : "",
-                             "%.200s; and the process could not be put back: %.250s", err ? err->text : "",
-                             undo.text);
+            not_put_back(q, r, &undo, err);
         return r;
     }
     return 0;

@@ -136,7 +136,9 @@ class Suspend(Case):
         program = self.tree()
         with open(rules, "w", encoding="utf-8") as f:
             f.write("cuCheckpointProcessCheckpoint:3+=2,cuCheckpointProcessUnlock:1+=2")
-        self.refused(1, "suspend", program.pid)
+        self.refused(1, "suspend", program.pid,
+                     says=("cannot be checkpointed", "; and the process could not be put back:", "cannot be unlocked",
+                           f"'bennu resume {program.pid}' tries again"))
         self.assertEqual(self.state(program.pid)["state"], "suspended")
         os.unlink(rules)
         self.ok("resume", program.pid)
