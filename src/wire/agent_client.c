@@ -15,8 +15,8 @@
  * 8,192 blocks unmap in well under a second; a process under heavy load gets its time too. */
 #ifndef ANSWER_MS /* a test has less patience */
 #define ANSWER_MS 60000u
-#endif
 #define GRACE_MS 5000u
+#endif
 #define LOCK_MS 200u
 #define SEGMENTS_MAX (1u << 20)
 #define GRANULARITY (2u << 20)
@@ -279,7 +279,7 @@ static int become_controller(int memfd)
 int bn_agent_attach(struct bn_agent *a, struct bn_error *err)
 {
     if (a->sock >= 0)
-        return 0;
+        return simple_call(a, BN_AGENT_HELLO, 0, GRACE_MS, err);
     if (become_controller(a->memfd) < 0)
         return bn_error_set(err, EBUSY, "agent", "process %d is being worked on by another bennud", a->pid);
     struct bn_agent_page page;

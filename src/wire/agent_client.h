@@ -39,7 +39,8 @@ int bn_agent_wanted(struct bn_agent *a, struct bn_agent_want *want);
 /* More: memory was let go of, so it may try again. Otherwise its allocation fails. */
 int bn_agent_answer_want(struct bn_agent *a, uint32_t seq, bool more);
 
-/* Become the one controller and check that the agent's thread answers. -EBUSY: somebody else is talking to it. */
+/* Become the one controller, if that is not so already, and check that the agent's thread answers: then nothing that was asked of it
+ * before is left to be done, and its page says how things are. -EBUSY: somebody else is talking to it. */
 int bn_agent_attach(struct bn_agent *a, struct bn_error *err);
 void bn_agent_detach(struct bn_agent *a);
 

@@ -36,8 +36,16 @@ static void test_evict(void **state)
     assert_true(t.evicted);
     said = (struct bn_error)BN_ERROR_INIT;
     assert_int_equal(bn_agent_import(t.agent, h.segs, h.fds, h.n, &said), -ETIMEDOUT);
+    said = (struct bn_error)BN_ERROR_INIT;
+    assert_int_equal(bn_agent_attach(t.agent, &said), -ETIMEDOUT);
     assert_int_equal(kill(c.pid, SIGCONT), 0);
 
+    /* Whoever reaches it knows what it did of all that. */
+    struct bn_agent_page page;
+    CHECK(bn_agent_attach(t.agent, err));
+    assert_int_equal(bn_agent_page(t.agent, &page), 0);
+    assert_int_equal(page.epoch, 1);
+    assert_int_equal(page.state, BN_AGENT_CLOSED);
     CHECK(bn_agent_import(t.agent, h.segs, h.fds, h.n, err));
     CHECK(bn_agent_open_gate(t.agent, err));
     child_do(&c, "check 7");
