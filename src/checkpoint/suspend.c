@@ -92,9 +92,11 @@ int bn_suspend(struct bn_env *env, pid_t root, uint32_t tier, unsigned flags, st
 
 struct bn_suspended *bn_suspended_take(struct bn_quiesce *q)
 {
-    struct bn_suspended *s = bn_quiesce_holds(q) ? calloc(1, sizeof(*s)) : NULL;
-    if (!s)
+    if (!bn_quiesce_holds(q))
         return NULL;
+    struct bn_suspended *s = calloc(1, sizeof(*s));
+    if (!s) /* what the caller would free now is the only copy: the keeper has records of it for another worker */
+        abort();
     s->q = (struct bn_quiesce){
         .env = q->env, .root = q->root, .flags = q->flags, .targets = q->targets, .session = q->session};
     s->tier = bn_tier_find(BN_TIER_GPU);
