@@ -142,7 +142,9 @@ static void hand_over(struct keeper *k)
     for (struct kept *at = k->kept; at && r == 0; at = at->next)
         r = keeper_send_record(k->sock, &at->record, 0);
     if (r == 0)
-        keeper_send(k->sock, KEEPER_LAST, 0, 0, 0);
+        r = keeper_send(k->sock, KEEPER_LAST, 0, 0, 0);
+    if (r < 0) /* it waits for the last: without it it ends, and another one is tried */
+        k->sock = bn_close(k->sock);
 }
 
 static int start_worker(struct keeper *k)
