@@ -184,7 +184,8 @@ static int failed(struct dump *d, int exit_code, struct bn_error *err)
  * before success is claimed. */
 static int check_result(struct dump *d, const struct bn_error *session, struct bn_error *err)
 {
-    if (d->out->cuda == 0)
+    /* One without CUDA may have begun to use it after it was asked; a late failure takes CRIU's inventory away again. */
+    if (d->out->cuda == 0 && (!session || cli_daemon_silent(session)) && bn_image_has_criu(d->dir.fd) == 1)
         return 0;
     bn_auto_manifest struct bn_manifest *m = NULL;
     struct bn_error unread = BN_ERROR_INIT;
