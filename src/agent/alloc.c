@@ -45,6 +45,8 @@ static CUresult segment_locked(CUdevice dev, CUcontext ctx, uint64_t size, struc
         return CUDA_ERROR_UNKNOWN;
     struct bn_seg *seg = bn_seg_new_locked(BN_SEG_ALLOC, dev, size);
     struct bn_map *map = seg ? bn_map_new_locked(seg, va, size, 0) : NULL;
+    if (map)
+        seg->reserved = true;
     CUresult r = map ? create(seg, &bn_track.devices[dev]) : CUDA_ERROR_UNKNOWN;
     if (r == CUDA_SUCCESS)
         r = bn_real.cuMemMap(va, size, 0, seg->real, 0);
@@ -54,14 +56,14 @@ static CUresult segment_locked(CUdevice dev, CUcontext ctx, uint64_t size, struc
         r = bn_map_apply_access_locked(map);
     }
     if (r == CUDA_SUCCESS) {
-        seg->reserved = true;
         seg->ctx = ctx;
         *out = seg;
         return CUDA_SUCCESS;
     }
     if (seg)
         bn_seg_destroy_locked(seg);
-    bn_real.cuMemAddressFree(va, size);
+    if (!map)
+        bn_real.cuMemAddressFree(va, size);
     return r == CUDA_ERROR_OUT_OF_MEMORY ? r : CUDA_ERROR_UNKNOWN;
 }
 

@@ -124,6 +124,12 @@ static void thread_name(pid_t tid, char *out, size_t cap)
 /* With the gate closed: everything that must hold before memory can be touched. */
 static int check_closed(uint64_t deadline, uint64_t timeout_ms, struct bn_answer *a)
 {
+    if (bn_track.doomed) {
+        BN_LOCKED();
+        bn_ctx_borrow();
+        bn_doomed_again_locked();
+        bn_ctx_unborrow();
+    }
     int r = check_blockers(a);
     if (r < 0)
         return r;
@@ -159,7 +165,7 @@ int bn_evict_close(uint64_t timeout_ms, struct bn_answer *a)
         return bn_answer_fail(a, EINVAL, 0, "its GPU memory is evicted: import it first");
     if (timeout_ms > TIMEOUT_MAX_MS)
         timeout_ms = TIMEOUT_MAX_MS;
-    int r = check_blockers(a); /* before anybody has to wait */
+    int r = bn_load(&bn_track.doomed) ? 0 : check_blockers(a); /* before anybody has to wait */
     if (r < 0)
         return r;
     uint64_t deadline = bn_clock_ns() + timeout_ms * 1000000u;
@@ -249,14 +255,12 @@ int bn_evict_export(uint64_t at, struct bn_answer *a)
 static CUresult map_one(struct bn_map *m)
 {
     CUdeviceptr va = m->by_va.key;
-    CUresult r = bn_real.cuMemMap(va, m->size, m->offset, m->seg->real, 0);
+    CUresult r = m->mapped ? CUDA_SUCCESS : bn_real.cuMemMap(va, m->size, m->offset, m->seg->real, 0);
     if (r != CUDA_SUCCESS)
         return r;
     r = bn_map_apply_access_locked(m);
-    if (r == CUDA_SUCCESS)
-        m->mapped = true;
-    else
-        bn_real.cuMemUnmap(va, m->size);
+    m->mapped = r == CUDA_SUCCESS || bn_real.cuMemUnmap(va, m->size) != CUDA_SUCCESS;
+    m->bare = m->mapped && r != CUDA_SUCCESS;
     return r;
 }
 
@@ -264,7 +268,7 @@ static CUresult map_one(struct bn_map *m)
 static CUresult map_segment(struct bn_seg *seg)
 {
     for (struct bn_map *m = seg->maps; m; m = m->next) {
-        if (m->mapped)
+        if (m->mapped && !m->bare)
             continue;
         CUresult r = map_one(m);
         if (r != CUDA_SUCCESS)
@@ -281,36 +285,7 @@ static CUresult unmap_segment(struct bn_seg *seg)
         CUresult r = bn_real.cuMemUnmap(m->by_va.key, m->size);
         if (r != CUDA_SUCCESS)
             return r;
-        m->mapped = false;
-    }
-    return CUDA_SUCCESS;
-}
-
-/* Handles that the driver did not release. While one of them is held, a checkpoint of this process could be made but never be
- * restored: no later eviction succeeds before they are gone. */
-#define STUCK_MAX 64
-static CUmemGenericAllocationHandle stuck[STUCK_MAX];
-static size_t stuck_count; /* above STUCK_MAX: some are not known any more */
-
-static CUresult release(CUmemGenericAllocationHandle handle)
-{
-    CUresult r = bn_real.cuMemRelease(handle);
-    if (r == CUDA_SUCCESS)
-        return r;
-    if (stuck_count < STUCK_MAX)
-        stuck[stuck_count] = handle;
-    stuck_count++;
-    return r;
-}
-
-static CUresult release_stuck(void)
-{
-    if (stuck_count > STUCK_MAX)
-        return CUDA_ERROR_UNKNOWN;
-    for (; stuck_count > 0; stuck_count--) {
-        CUresult r = bn_real.cuMemRelease(stuck[stuck_count - 1]);
-        if (r != CUDA_SUCCESS)
-            return r;
+        m->mapped = m->bare = false;
     }
     return CUDA_SUCCESS;
 }
@@ -321,7 +296,7 @@ int bn_evict_evict(struct bn_answer *a)
         return bn_answer_fail(a, EINVAL, 0, "its gate is not closed with its memory in place");
     BN_LOCKED();
     bn_ctx_borrow();
-    CUresult r = release_stuck();
+    CUresult r = bn_release_stuck_locked();
     size_t i;
     for (i = 0; i < order_count && r == CUDA_SUCCESS; i++)
         r = unmap_segment(order[i]);
@@ -338,7 +313,7 @@ int bn_evict_evict(struct bn_answer *a)
     }
     for (i = 0; i < order_count; i++) {
         struct bn_seg *seg = order[i];
-        CUresult one = release(seg->real);
+        CUresult one = bn_release_locked(seg->real);
         r = r == CUDA_SUCCESS ? one : r;
         seg->real = 0;
         seg->present = false;
@@ -404,7 +379,7 @@ static CUresult hold(struct bn_seg *seg, int fd, int *error)
     if (*error == 0)
         return CUDA_SUCCESS;
     close(fd);
-    bn_real.cuMemRelease(seg->real);
+    bn_release_locked(seg->real);
     seg->real = 0;
     return CUDA_ERROR_OPERATING_SYSTEM;
 }
@@ -414,7 +389,7 @@ static void let_go(struct bn_seg *seg)
 {
     if (unmap_segment(seg) != CUDA_SUCCESS)
         return;
-    bn_real.cuMemRelease(seg->real);
+    bn_release_locked(seg->real);
     seg->real = 0;
     bn_kept_close(&seg->kept);
 }
@@ -481,7 +456,6 @@ int bn_evict_import(const struct bn_agent_segment *segs, unsigned n, const int *
 
 void bn_evict_after_fork(void)
 {
-    stuck_count = 0;
     drop_order();
     state = BN_AGENT_ACTIVE;
 }

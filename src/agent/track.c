@@ -13,6 +13,11 @@ struct bn_track bn_track = {
     .peer_pool = {.size = sizeof(struct bn_peer)},
 };
 
+/* Handles that the driver did not release. */
+#define STUCK_MAX 64
+static CUmemGenericAllocationHandle stuck[STUCK_MAX];
+static size_t stuck_count; /* above STUCK_MAX: some are not known any more */
+
 static int attribute(CUdevice dev, CUdevice_attribute which)
 {
     int value = 0;
@@ -124,6 +129,8 @@ void bn_track_drop(void)
     t->later = NULL;
     t->capturing = 0;
     t->green = t->missed = false;
+    t->doomed = 0;
+    stuck_count = 0;
     t->device_count = 0;
     bn_share_drop();
     memset(t->devices, 0, sizeof(t->devices));
@@ -154,6 +161,31 @@ static void account(const struct bn_seg *seg, int sign)
     case BN_SEG_FOREIGN: bn_page_add(&page->blockers.imported_handles, sign); break;
     case BN_SEG_MULTICAST: bn_page_add(&page->blockers.multicast_handles, sign); break;
     }
+}
+
+/* ---- handles --------------------------------------------------------------------------------------- */
+
+CUresult bn_release_locked(CUmemGenericAllocationHandle handle)
+{
+    CUresult r = bn_real.cuMemRelease(handle);
+    if (r == CUDA_SUCCESS)
+        return r;
+    if (stuck_count < STUCK_MAX)
+        stuck[stuck_count] = handle;
+    stuck_count++;
+    return r;
+}
+
+CUresult bn_release_stuck_locked(void)
+{
+    if (stuck_count > STUCK_MAX)
+        return CUDA_ERROR_UNKNOWN;
+    for (; stuck_count > 0; stuck_count--) {
+        CUresult r = bn_real.cuMemRelease(stuck[stuck_count - 1]);
+        if (r != CUDA_SUCCESS)
+            return r;
+    }
+    return CUDA_SUCCESS;
 }
 
 /* ---- segments and mappings ----------------------------------------------------------------------- */
@@ -202,7 +234,7 @@ void bn_seg_settle_locked(struct bn_seg *seg)
     if (seg->refs || seg->maps || seg->array_maps)
         return;
     if (seg->present)
-        bn_real.cuMemRelease(seg->real);
+        bn_release_locked(seg->real);
     bn_kept_close(&seg->kept);
     bn_unshare_locked(&seg->shared);
     account(seg, -1);
@@ -213,18 +245,32 @@ void bn_seg_settle_locked(struct bn_seg *seg)
 void bn_seg_destroy_locked(struct bn_seg *seg)
 {
     bool ours = seg->reserved;
-    while (seg->maps) {
-        struct bn_map *map = seg->maps;
+    for (struct bn_map *map = seg->maps, *next; map; map = next) {
         CUdeviceptr va = map->by_va.key;
         uint64_t size = map->size;
-        if (map->mapped)
-            bn_real.cuMemUnmap(va, size);
+        next = map->next;
+        if (map->mapped && bn_real.cuMemUnmap(va, size) != CUDA_SUCCESS)
+            continue;
         bn_map_drop_locked(map);
         if (ours)
             bn_real.cuMemAddressFree(va, size);
     }
+    bool doomed = seg->maps != NULL;
+    bn_store(&bn_track.doomed, bn_track.doomed + doomed - seg->doomed);
+    seg->doomed = doomed;
+    seg->ctx = NULL;
     seg->refs = 0;
     bn_seg_settle_locked(seg);
+}
+
+void bn_doomed_again_locked(void)
+{
+    BN_TREE_EACH(&bn_track.segs, n)
+    {
+        struct bn_seg *seg = BN_CONTAINER(n, struct bn_seg, by_id);
+        if (seg->doomed)
+            bn_seg_destroy_locked(seg);
+    }
 }
 
 struct bn_seg *bn_seg_of_token_locked(CUmemGenericAllocationHandle handle)

@@ -59,6 +59,7 @@ struct bn_seg {
     struct bn_map *maps;
     struct bn_kept kept;
     bool reserved;           /* the address ranges of its mappings are ours */
+    bool doomed;             /* nobody has it any more, but the driver did not unmap it: to be tried again */
     unsigned shared;         /* BN_SHARED_...: given to others */
     CUcontext ctx;           /* BN_SEG_ALLOC: in which it was allocated; NULL: that is gone */
     struct bn_slab slab;     /* BN_SEG_ALLOC: if more than one allocation may be in it */
@@ -73,6 +74,7 @@ struct bn_map {
     uint64_t rw, ro;      /* devices that have access */
     CUmemAccessDesc host; /* access of a host location; flags 0: none */
     bool mapped;
+    bool bare; /* mapped, but without the access that is recorded */
 };
 
 struct bn_alloc {
@@ -128,6 +130,7 @@ struct bn_track {
     uint64_t last_id;       /* of segments and allocations */
     bool green;             /* there was a green context at some time */
     bool missed;        /* something that a checkpoint must know of could not be noted: there can be none */
+    uint32_t doomed;    /* segments that are */
     uint32_t capturing; /* captures.count, to be read without the lock */
     struct bn_device devices[BN_GPUS_MAX];
     int device_count;
@@ -157,8 +160,16 @@ struct bn_map *bn_map_new_locked(struct bn_seg *seg, CUdeviceptr va, uint64_t si
 void bn_map_drop_locked(struct bn_map *map) BN_API_LOCAL;
 /* When nothing refers to it any more: release the handle, close the kept descriptor, forget it. */
 void bn_seg_settle_locked(struct bn_seg *seg) BN_API_LOCAL;
-/* Unmap every mapping, give their addresses back if the segment is one of ours, and settle. */
+/* Unmap every mapping, give their addresses back if the segment is one of ours, and settle. What the driver does not unmap stays
+ * known, with its segment, until bn_doomed_again_locked. */
 void bn_seg_destroy_locked(struct bn_seg *seg) BN_API_LOCAL;
+/* Try again. For the agent's thread with the gate closed, when nobody else has pointers to segments. */
+void bn_doomed_again_locked(void) BN_API_LOCAL;
+/* Release a handle of the driver's. One that it does not release is remembered: while it is held, a checkpoint of this process could
+ * be made but never be restored. */
+CUresult bn_release_locked(CUmemGenericAllocationHandle handle) BN_API_LOCAL;
+/* Release those, or say why there still are some. */
+CUresult bn_release_stuck_locked(void) BN_API_LOCAL;
 struct bn_seg *bn_seg_of_token_locked(CUmemGenericAllocationHandle handle) BN_API_LOCAL;
 static inline CUmemGenericAllocationHandle bn_seg_token(const struct bn_seg *seg)
 {

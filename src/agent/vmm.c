@@ -25,7 +25,7 @@ static CUresult hand_out_locked(struct bn_seg *seg, CUmemGenericAllocationHandle
                                 CUmemGenericAllocationHandle *handle)
 {
     if (!seg) {
-        bn_real.cuMemRelease(real);
+        bn_release_locked(real);
         return CUDA_ERROR_OUT_OF_MEMORY;
     }
     seg->real = real;
@@ -247,7 +247,8 @@ CUresult bn_wrap_cuMemMap(CUdeviceptr ptr, size_t size, size_t offset, CUmemGene
         return CUDA_SUCCESS;
     }
     if (r == CUDA_SUCCESS) {
-        bn_real.cuMemUnmap(ptr, size);
+        if (bn_real.cuMemUnmap(ptr, size) != CUDA_SUCCESS)
+            bn_store(&bn_track.missed, true);
         r = CUDA_ERROR_OUT_OF_MEMORY;
     }
     bn_seg_settle_locked(seg);

@@ -575,6 +575,17 @@ static void test_busy(void **state)
     child_end(&c);
 }
 
+/* A child whose driver can be told what to answer, in a file at `path`, a template. */
+static void start_failing(struct child *c, char *path)
+{
+    int fd = mkstemp(path);
+    assert_true(fd >= 0);
+    close(fd);
+    setenv("BENNU_SIM_FAIL_FILE", path, 1);
+    child_start(c, NULL);
+    unsetenv("BENNU_SIM_FAIL_FILE");
+}
+
 /* Whether the GPU is at work in the primary context cannot be told: then nothing may be taken away. */
 static void test_work_unknown(void **state)
 {
@@ -582,13 +593,8 @@ static void test_work_unknown(void **state)
                                         "cuCtxSetCurrent", "cuCtxSynchronize"};
     char path[] = "/tmp/bennu-agent-test-XXXXXX", rule[128];
     struct child c;
-    int fd = mkstemp(path);
-    assert_true(fd >= 0);
-    close(fd);
-    setenv("BENNU_SIM_FAIL_FILE", path, 1);
     setenv("BENNU_TEST_PRIMARY", "1", 1);
-    child_start(&c, NULL);
-    unsetenv("BENNU_SIM_FAIL_FILE");
+    start_failing(&c, path);
     unsetenv("BENNU_TEST_PRIMARY");
     populate(&c);
     struct bn_agent *a = attach(&c);
@@ -625,12 +631,7 @@ static void test_driver_fails(void **state)
                                          "cuMemSetAccess:5=999", "cuMemImportFromShareableHandle:6=999"};
     char path[] = "/tmp/bennu-agent-test-XXXXXX";
     struct child c;
-    int fd = mkstemp(path);
-    assert_true(fd >= 0);
-    close(fd);
-    setenv("BENNU_SIM_FAIL_FILE", path, 1);
-    child_start(&c, NULL);
-    unsetenv("BENNU_SIM_FAIL_FILE");
+    start_failing(&c, path);
     populate(&c);
     struct bn_agent *a = attach(&c);
     for (size_t i = 0; i < sizeof(evict) / sizeof(evict[0]); i++) {
@@ -671,6 +672,83 @@ static void test_driver_fails(void **state)
     unlink(path);
     bn_agent_free(a);
     child_end(&c);
+}
+
+/* A program frees memory that came back to it, and the driver does not let go: as long as it does not, a checkpoint could not be
+ * restored. Nor is the memory lost for good. */
+static void test_freeing_fails(void **state)
+{
+    static const char *const rules[] = {"cuMemRelease:1+=999", "cuMemUnmap:1+=999"};
+    for (size_t i = 0; i < sizeof(rules) / sizeof(rules[0]); i++) {
+        char path[] = "/tmp/bennu-agent-test-XXXXXX";
+        struct bn_error said = BN_ERROR_INIT;
+        size_t before, between, total;
+        struct held h = {0};
+        struct child c;
+        assert_int_equal(sim.cuMemGetInfo_v2(&before, &total), 0);
+        start_failing(&c, path);
+        child_do(&c, "alloc 80");
+        child_do(&c, "alloc 2");
+        child_do(&c, "vmm 4 1");
+        struct bn_agent *a = attach(&c);
+        evict_and_restore(a);
+        say_failure(path, rules[i]);
+        child_do(&c, "free 0");
+        CHECK(bn_agent_close_gate(a, 10000, err));
+        held_take(&h, a);
+        assert_int_equal(bn_agent_evict(a, &said), -EIO);
+        assert_int_equal(page_of(a).state, BN_AGENT_CLOSED);
+        CHECK(bn_agent_open_gate(a, err));
+        held_free(&h);
+        child_do(&c, "check 1");
+
+        say_failure(path, "none:1=1");
+        CHECK(bn_agent_close_gate(a, 10000, err));
+        held_take(&h, a);
+        assert_int_equal(h.n, 2);
+        held_read(&h, &sim);
+        CHECK(bn_agent_evict(a, err));
+        for (size_t k = 0; k < h.n; k++)
+            close(h.fds[k]);
+        assert_int_equal(sim.cuMemGetInfo_v2(&between, &total), 0);
+        assert_int_equal(between, before);
+        for (size_t k = 0; k < h.n; k++)
+            h.fds[k] = dup(0); /* closed by held_recreate */
+        held_recreate(&h, &sim);
+        CHECK(bn_agent_import(a, h.segs, h.fds, h.n, err));
+        CHECK(bn_agent_open_gate(a, err));
+        held_free(&h);
+        child_do(&c, "check 1");
+        unlink(path);
+        bn_agent_free(a);
+        child_end(&c);
+    }
+}
+
+/* The same of another program's memory. */
+static void test_closing_fails(void **state)
+{
+    char path[] = "/tmp/bennu-agent-test-XXXXXX", open[256];
+    struct bn_error said = BN_ERROR_INIT;
+    struct child owner, user;
+    child_start(&owner, NULL);
+    start_failing(&user, path);
+    child_do(&owner, "alloc 2");
+    open_command(&owner, 0, open);
+    child_do(&user, open);
+    say_failure(path, "cuMemUnmap:1+=999");
+    child_do(&user, "ipcclose");
+    struct bn_agent *a = attach(&user);
+    assert_int_equal(bn_agent_close_gate(a, 10000, &said), -ENOTSUP);
+    assert_non_null(strstr(said.text, "imported"));
+    assert_int_equal(page_of(a).state, BN_AGENT_ACTIVE);
+    say_failure(path, "none:1=1");
+    evict_and_restore(a);
+    assert_int_equal(page_of(a).blockers.imported_handles, 0);
+    unlink(path);
+    bn_agent_free(a);
+    child_end(&owner);
+    child_end(&user);
 }
 
 static void test_fork(void **state)
@@ -715,6 +793,8 @@ int main(void)
         cmocka_unit_test(test_busy),
         cmocka_unit_test(test_work_unknown),
         cmocka_unit_test(test_driver_fails),
+        cmocka_unit_test(test_freeing_fails),
+        cmocka_unit_test(test_closing_fails),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
