@@ -296,22 +296,27 @@ static void unclaim(struct bn_alloc *a)
     bn_tree_insert(&bn_track.allocs, &a->by_va, a->by_va.key);
 }
 
+/* Of the contexts that may use what is allocated in ctx, the one after `last` (NULL: the first). NULL: there are no more. Their
+ * order is that of their addresses, so that none is left out when others come and go meanwhile. */
+static CUcontext next_user(CUcontext ctx, CUcontext last)
+{
+    BN_LOCKED();
+    CUcontext next = NULL;
+    for (const struct bn_peer *p = bn_track.peers; p; p = p->next)
+        if (p->to == ctx && (uintptr_t)p->from > (uintptr_t)last &&
+            (!next || (uintptr_t)p->from < (uintptr_t)next))
+            next = p->from;
+    return next;
+}
+
 /* The driver's cuMemFree waits for work that may use the memory; unmapping does not. */
 static CUresult wait_for_users(CUcontext ctx)
 {
     CUresult r = bn_ctx_synchronize(ctx);
     if (r != CUDA_SUCCESS || bn_load(&bn_track.peers) == NULL)
         return r;
-    CUcontext users[64];
-    unsigned n = 0;
-    {
-        BN_LOCKED();
-        for (struct bn_peer *p = bn_track.peers; p && n < 64; p = p->next)
-            if (p->to == ctx)
-                users[n++] = p->from;
-    }
-    for (unsigned i = 0; i < n && r == CUDA_SUCCESS; i++)
-        r = bn_ctx_synchronize(users[i]);
+    for (CUcontext user = next_user(ctx, NULL); user && r == CUDA_SUCCESS; user = next_user(ctx, user))
+        r = bn_ctx_synchronize(user);
     return r;
 }
 
@@ -321,24 +326,40 @@ static void free_later_locked(struct bn_alloc *a)
     bn_store(&bn_track.later, a);
 }
 
+/* One of those to be freed later, out of the list, if they may be; *ctx: to be waited for, NULL: gone. */
+static struct bn_alloc *take_later(CUcontext *ctx)
+{
+    if (!bn_load(&bn_track.later))
+        return NULL;
+    BN_LOCKED();
+    struct bn_alloc *a = bn_track.later;
+    if (!a || bn_track.captures.count)
+        return NULL;
+    bn_store(&bn_track.later, a->next);
+    *ctx = a->seg->ctx;
+    return a;
+}
+
+/* Each is tried once. Where the waiting fails something may still be at work on it (a capture may have just begun): it stays until
+ * another try, or until its context is gone. */
 void bn_free_later(void)
 {
-    while (bn_load(&bn_track.later)) {
-        struct bn_alloc *a;
-        {
-            BN_LOCKED();
-            a = bn_track.later;
-            if (!a || bn_track.captures.count)
-                return;
-            bn_store(&bn_track.later, a->next);
-        }
-        CUresult r = a->ctx ? wait_for_users(a->ctx) : CUDA_SUCCESS;
+    struct bn_alloc *stay = NULL, *a;
+    CUcontext ctx;
+    while ((a = take_later(&ctx))) {
+        CUresult r = ctx ? wait_for_users(ctx) : CUDA_SUCCESS;
         BN_LOCKED();
-        if (r == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) { /* one has just begun */
-            free_later_locked(a);
-            return;
+        if (r == CUDA_SUCCESS || !a->seg->ctx) {
+            bn_alloc_release_locked(a);
+            continue;
         }
-        bn_alloc_release_locked(a);
+        a->next = stay;
+        stay = a;
+    }
+    while ((a = stay)) {
+        stay = a->next;
+        BN_LOCKED();
+        free_later_locked(a);
     }
 }
 

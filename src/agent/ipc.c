@@ -162,8 +162,10 @@ static CUresult map_foreign_locked(const struct handle *h, int fd, CUcontext ctx
     struct bn_alloc *a = bn_pool_get(&bn_track.alloc_pool);
     struct bn_seg *seg = bn_seg_new_locked(BN_SEG_FOREIGN, dev, h->size);
     struct bn_map *map = seg ? bn_map_new_locked(seg, va, h->size, 0) : NULL;
-    if (map)
+    if (map) {
         seg->reserved = true;
+        seg->ctx = ctx;
+    }
     r = a && map && !bn_tree_find(&bn_track.allocs, va + h->offset) ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
     if (r == CUDA_SUCCESS)
         r = bn_real.cuMemImportFromShareableHandle(&seg->real, (void *)(intptr_t)fd,
@@ -262,16 +264,18 @@ CUresult bn_wrap_cuIpcOpenMemHandle_v2(CUdeviceptr *pdptr, CUipcMemHandle handle
     return count_native(bn_real.cuIpcOpenMemHandle_v2(pdptr, handle, Flags));
 }
 
-/* 1: ours and closed for good, its context is to be waited for and *out to be released; 0: ours, still open; -1: not ours. */
+/* 1: ours and open no more, its context is to be waited for and *out, out of the table, to be released; 0: ours, still open;
+ * -1: not ours. */
 static int close_ours_locked(CUdeviceptr dptr, struct bn_alloc **out)
 {
     struct bn_alloc *a = BN_CONTAINER(bn_tree_find(&bn_track.allocs, dptr), struct bn_alloc, by_va);
     if (!a || !a->opens)
         return -1;
-    if (--a->opens)
+    if (a->opens > 1) {
+        a->opens--;
         return 0;
+    }
     bn_tree_remove(&bn_track.allocs, &a->by_va);
-    bn_alloc_retire_locked(a);
     *out = a;
     return 1;
 }
@@ -295,6 +299,11 @@ CUresult bn_wrap_cuIpcCloseMemHandle(CUdeviceptr dptr)
         return CUDA_SUCCESS;
     CUresult r = bn_ctx_synchronize(a->ctx);
     BN_LOCKED();
+    if (r != CUDA_SUCCESS && a->seg->ctx) { /* something may still be at work on it: it stays open */
+        bn_tree_insert(&bn_track.allocs, &a->by_va, a->by_va.key);
+        return r;
+    }
+    bn_alloc_retire_locked(a);
     bn_alloc_release_locked(a);
     return r;
 }

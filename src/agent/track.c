@@ -420,9 +420,6 @@ void bn_ctx_gone_locked(CUcontext ctx, bool forget)
         bn_alloc_release_locked(a);
     }
     /* What is left of it: freed during a capture, or just being freed by another thread. */
-    for (struct bn_alloc *a = bn_track.later; a; a = a->next)
-        if (a->ctx == ctx)
-            a->ctx = NULL;
     BN_TREE_EACH(&bn_track.segs, n)
     {
         struct bn_seg *seg = BN_CONTAINER(n, struct bn_seg, by_id);

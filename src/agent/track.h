@@ -61,7 +61,7 @@ struct bn_seg {
     bool reserved;           /* the address ranges of its mappings are ours */
     bool doomed;             /* nobody has it any more, but the driver did not unmap it: to be tried again */
     unsigned shared;         /* BN_SHARED_...: given to others */
-    CUcontext ctx;           /* BN_SEG_ALLOC: in which it was allocated; NULL: that is gone */
+    CUcontext ctx;           /* of cuMemAlloc's and IPC handles': in which it was made; NULL: that is gone */
     struct bn_slab slab;     /* BN_SEG_ALLOC: if more than one allocation may be in it */
     struct bn_alloc *offers; /* those in it that have IPC handles */
 };

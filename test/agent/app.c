@@ -23,7 +23,7 @@
  *   fork                a child that checks what a child may expect
  *   ipcget I            cuIpcGetMemHandle of block I, in hex
  *   ipcopen HEX I SEED  open it (twice: the same address), compare with block I of a program whose seed is SEED
- *   ipcclose            both times
+ *   ipcclose            both times; "ipcshut" once
  *   quit
  */
 #include "cu.h"
@@ -374,6 +374,12 @@ static void ipc_close(void)
     printf(r == CUDA_SUCCESS ? "no 0 closed thrice\n" : "ok\n");
 }
 
+static void ipc_shut(void)
+{
+    CUresult r = cu.cuIpcCloseMemHandle(opened);
+    printf(r == CUDA_SUCCESS ? "ok\n" : "no %d\n", r);
+}
+
 static CUmemGenericAllocationHandle taken;
 
 static CUresult give(int i)
@@ -595,6 +601,8 @@ int main(int argc, char **argv)
             ipc_open(line);
         else if (strcmp(word, "ipcclose") == 0)
             ipc_close();
+        else if (strcmp(word, "ipcshut") == 0)
+            ipc_shut();
         else
             obey(word, a, b);
         fflush(stdout);

@@ -16,6 +16,7 @@
     X(cuCtxCreate_v2)                         \
     X(cuCtxDestroy_v2)                        \
     X(cuCtxSetCurrent)                        \
+    X(cuCtxPopCurrent_v2)                     \
     X(cuCtxGetCurrent)                        \
     X(cuCtxGetDevice)                         \
     X(cuCtxSynchronize)                       \

@@ -175,6 +175,28 @@ static void test_looked_at_once(void **state)
     end_all(&p);
 }
 
+/* What may still use the memory cannot be waited for: it stays open. */
+static void test_not_closed(void **state)
+{
+    (void)state;
+    struct people p;
+    char open[256];
+    start_all(&p);
+    child_do(&p.owner, "ipcget 0");
+    snprintf(open, sizeof(open), "ipcopen %.128s 0 1", p.owner.answer + 3);
+    child_do(&p.user, open);
+    child_do(&p.user, "ipcshut");
+    faults("cuCtxSynchronize:1=700");
+    child_send(&p.user, "ipcshut");
+    assert_non_null(fgets(p.user.answer, sizeof(p.user.answer), p.user.from));
+    assert_string_equal(p.user.answer, "no 700\n");
+    refused(&p.owner, &p.user, "uses GPU memory");
+    faults("");
+    child_do(&p.user, "ipcshut");
+    passes(&p.owner, &p.user, NULL);
+    end_all(&p);
+}
+
 /* More owners than there are entries: not named, but counted. */
 static void test_many_owners(void **state)
 {
@@ -220,7 +242,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_nothing_shared), cmocka_unit_test(test_ipc),
         cmocka_unit_test(test_native_ipc),     cmocka_unit_test(test_vmm),
-        cmocka_unit_test(test_looked_at_once), cmocka_unit_test(test_many_owners),
+        cmocka_unit_test(test_looked_at_once), cmocka_unit_test(test_not_closed),
+        cmocka_unit_test(test_many_owners),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     bn_gpu_close(gpu);

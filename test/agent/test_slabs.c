@@ -576,6 +576,62 @@ static void test_room_waits_for_captures(void **state)
     assert_int_equal(page().allocations, before.allocations);
 }
 
+static void none_is(CUdeviceptr p, CUdeviceptr got[40])
+{
+    for (size_t i = 0; i < 40; i++) {
+        assert_int_equal(cu.cuMemAlloc_v2(&got[i], UNIT), 0);
+        assert_int_not_equal(got[i], p);
+    }
+}
+
+/* What was freed during a capture, and cannot be waited for after it, is given to nobody until it can, or until its context has
+ * gone. Another context's is not held up by that. */
+static void test_room_that_cannot_be_waited_for(void **state)
+{
+    static struct block b[60];
+    CUdeviceptr theirs[20], got[40];
+    CUcontext other;
+    CUstream stream;
+    CUgraph graph;
+    struct bn_agent_page before = page();
+    for (int round = 0; round < 2; round++) {
+        for (size_t i = 0; i < 60; i++)
+            get(&b[i], UNIT, true);
+        CUdeviceptr p = b[50].p;
+        assert_int_equal(cu.cuCtxCreate_v2(&other, 0, 0), 0);
+        for (size_t i = 0; i < 20; i++)
+            assert_int_equal(cu.cuMemAlloc_v2(&theirs[i], UNIT), 0);
+        assert_int_equal(cu.cuCtxSetCurrent(ctx), 0);
+        assert_int_equal(cu.cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING), 0);
+        assert_int_equal(cu.cuStreamBeginCapture_v2(stream, CU_STREAM_CAPTURE_MODE_RELAXED), 0);
+        for (size_t i = 0; i < 20; i++)
+            assert_int_equal(cu.cuMemFree_v2(theirs[i]), 0);
+        assert_int_equal(cu.cuMemFree_v2(p), 0);
+        b[50].p = 0;
+        uint64_t segments = page().gpu[0].segments;
+        say_failure(fail_file, round == 0 ? "cuCtxSynchronize:1+=700" : "cuCtxSynchronize:1=700");
+        assert_int_equal(cu.cuStreamEndCapture(stream, &graph), 0);
+        if (round == 1) { /* p was the first to be tried */
+            assert_true(page().gpu[0].segments < segments);
+        } else {
+            assert_int_equal(page().gpu[0].segments, segments);
+            none_is(p, got);
+            assert_int_equal(cu.cuCtxDestroy_v2(other), 0);
+            say_failure(fail_file, "none:1=1");
+            for (size_t i = 0; i < 40; i++)
+                assert_int_equal(cu.cuMemFree_v2(got[i]), 0);
+        }
+        assert_true(comes_again(p));
+        if (round == 1)
+            assert_int_equal(cu.cuCtxDestroy_v2(other), 0);
+        assert_int_equal(cu.cuGraphDestroy(graph), 0);
+        assert_int_equal(cu.cuStreamDestroy_v2(stream), 0);
+        put_all(b, 60);
+        assert_int_equal(page().gpu[0].segments, before.gpu[0].segments);
+        assert_int_equal(page().allocations, before.allocations);
+    }
+}
+
 static int held_up;
 
 static void hold_up(void *unused)
@@ -612,10 +668,7 @@ static void room_waits(CUcontext owner, CUcontext worker)
     while (cu.cuMemGetAddressRange_v2(&base, NULL, p) == CUDA_SUCCESS) /* until it is being freed */
         usleep(1000);
     CUdeviceptr got[40];
-    for (size_t i = 0; i < 40; i++) {
-        assert_int_equal(cu.cuMemAlloc_v2(&got[i], UNIT), 0);
-        assert_int_not_equal(got[i], p);
-    }
+    none_is(p, got);
     __atomic_store_n(&held_up, 0, __ATOMIC_RELEASE);
     pthread_join(thread, &result);
     assert_null(result);
@@ -632,6 +685,22 @@ static void room_waits(CUcontext owner, CUcontext worker)
 static void test_room_waits_for_work(void **state)
 {
     room_waits(ctx, ctx);
+}
+
+/* However many may use it. */
+static void test_room_waits_for_peers(void **state)
+{
+    CUcontext peers[70], top;
+    for (size_t i = 0; i < 70; i++) {
+        assert_int_equal(cu.cuCtxCreate_v2(&peers[i], 0, 1), 0);
+        assert_int_equal(cu.cuCtxEnablePeerAccess(ctx, 0), 0);
+        assert_int_equal(cu.cuCtxPopCurrent_v2(&top), 0);
+    }
+    room_waits(ctx, peers[0]);
+    room_waits(ctx, peers[69]);
+    for (size_t i = 0; i < 70; i++)
+        assert_int_equal(cu.cuCtxDestroy_v2(peers[i]), 0);
+    assert_int_equal(cu.cuCtxSetCurrent(ctx), 0);
 }
 
 /* ---- green contexts: their memory is the primary context's ---- */
@@ -754,7 +823,9 @@ int main(void)
         cmocka_unit_test(test_contexts_share_nothing),
         cmocka_unit_test(test_peers),
         cmocka_unit_test(test_room_waits_for_captures),
+        cmocka_unit_test(test_room_that_cannot_be_waited_for),
         cmocka_unit_test(test_room_waits_for_work),
+        cmocka_unit_test(test_room_waits_for_peers),
         cmocka_unit_test(test_green),
         cmocka_unit_test(test_threads),
     };
