@@ -40,11 +40,12 @@ void bn_unshare_locked(unsigned *shared)
     *shared = 0;
 }
 
-/* Where the entries do not suffice the owner stays unknown. */
+/* Where the entries do not suffice the owner stays unknown, and the last entry counts. */
 void bn_opened_locked(const uint8_t owner[16], int change)
 {
     struct bn_agent_opened *list = bn_agent_page()->sharing.opened, *unused = NULL;
-    for (unsigned i = 0; i < BN_AGENT_OPENED_MAX; i++) {
+    struct bn_agent_opened *others = &list[BN_AGENT_OPENED_MAX - 1];
+    for (unsigned i = 0; i < BN_AGENT_OPENED_MAX - 1; i++) {
         if (bn_load(&list[i].handles) == 0) {
             unused = unused ? unused : &list[i];
         } else if (memcmp(list[i].owner, owner, sizeof(list[i].owner)) == 0) {
@@ -52,10 +53,13 @@ void bn_opened_locked(const uint8_t owner[16], int change)
             return;
         }
     }
-    if (!unused || change < 0)
-        return;
-    memcpy(unused->owner, owner, sizeof(unused->owner));
-    bn_store_rel(&unused->handles, 1);
+    if (unused && change > 0) {
+        memcpy(unused->owner, owner, sizeof(unused->owner));
+        bn_store_rel(&unused->handles, 1);
+    } else if (change > 0 || bn_load(&others->handles)) {
+        memset(others->owner, 0xff, sizeof(others->owner));
+        bn_page_add(&others->handles, change);
+    }
 }
 
 void bn_share_drop(void)

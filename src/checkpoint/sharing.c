@@ -3,6 +3,8 @@
 #include "base/cleanup.h"
 #include "base/proc.h"
 
+#include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -17,22 +19,24 @@ struct outsider {
     pid_t pid;
     char comm[16];
     bool agent; /* imports are counted */
-    bool names; /* and where they come from an IPC handle of an agent's, all of them are in opened[] */
+    bool imported;
+    bool lost;          /* they were, until the program closed the agent's descriptors */
+    bool names;         /* where they come from an IPC handle of an agent's, all of them are in opened[] */
     uint64_t strangers; /* imports whose owner is not known */
     struct bn_agent_opened opened[BN_AGENT_OPENED_MAX];
 };
 
-/* False: nothing, or nothing is known: no agent, or one that is too old. */
-static bool find_given(const struct bn_target *t, struct given *out)
+/* 1: something; 0: nothing, or nothing is known (no agent, or one that is too old). */
+static int find_given(const struct bn_target *t, struct given *out)
 {
     struct bn_agent *found = NULL;
     struct bn_agent_page page;
-    if (!t->agent && bn_agent_find(t->pid, &found) < 0)
-        return false;
-    int r = bn_agent_page(t->agent ? t->agent : found, &page);
+    int r = t->agent ? 0 : bn_agent_find(t->pid, &found);
+    if (r == 0)
+        r = bn_agent_page(t->agent ? t->agent : found, &page);
     bn_agent_free(found);
     if (r < 0 || !(page.knows & BN_AGENT_KNOWS_SHARING))
-        return false;
+        return r == -ENOENT || r == -ESRCH ? 0 : r;
     out->counts = page.sharing;
     memcpy(out->instance, page.instance, sizeof(out->instance));
     const struct bn_agent_sharing *s = &out->counts;
@@ -45,34 +49,79 @@ static bool is_bennud(const char *comm)
     return strcmp(comm, "bennud") == 0 || strcmp(comm, "bennud-worker") == 0;
 }
 
-/* False: the process can have nothing of anybody's. */
-static bool examine(struct bn_gpu *gpu, pid_t pid, struct outsider *o)
+/* An agent that gave up (INACTIVE) counts no more, but what it has counted may still be open. One that is older than the entry of
+ * those left over, and has none to spare, may have left some out. */
+static void note_imports(const struct bn_agent_page *page, struct outsider *o)
 {
-    enum bn_ckpt_state state;
+    uint8_t others[16];
+    uint64_t named = 0, imported = page->blockers.imported_handles;
+    bool spare = false, left_over = false;
+    memset(others, 0xff, sizeof(others));
+    o->imported = imported != 0;
+    o->agent = page->state != BN_AGENT_INACTIVE;
+    memcpy(o->opened, page->sharing.opened, sizeof(o->opened));
+    for (size_t i = 0; i < BN_AGENT_OPENED_MAX; i++) {
+        const struct bn_agent_opened *e = &o->opened[i];
+        if (e->handles == 0)
+            spare = true;
+        else if (memcmp(e->owner, others, sizeof(others)) == 0)
+            left_over = true;
+        else
+            named += e->handles;
+    }
+    o->names = spare && !left_over && page->knows & BN_AGENT_KNOWS_SHARING;
+    o->strangers = imported > named ? imported - named : 0;
+}
+
+/* Is an agent's page mapped? 1, 0, or -errno. */
+static int maps_page(pid_t pid)
+{
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/%d/maps", pid);
+    bn_auto_file FILE *f = fopen(path, "re");
+    bn_auto_free char *line = NULL;
+    size_t cap = 0;
+    if (!f)
+        return errno == ENOENT ? -ESRCH : -errno;
+    while (getline(&line, &cap, f) > 0)
+        if (strstr(line, "/memfd:" BN_AGENT_MEMFD))
+            return 1;
+    return 0;
+}
+
+/* 1, 0: it has no agent; -ESRCH: it is gone; or another -errno. */
+static int look_at_agent(struct outsider *o)
+{
     struct bn_agent *agent = NULL;
     struct bn_agent_page page;
+    int r = bn_agent_find(o->pid, &agent);
+    if (r == 0)
+        r = bn_agent_page(agent, &page);
+    bn_agent_free(agent);
+    if (r == 0)
+        note_imports(&page, o);
+    if (r != -ENOENT)
+        return r < 0 ? r : 1;
+    r = maps_page(o->pid);
+    o->lost = r == 1;
+    return r < 0 ? r : 0;
+}
+
+/* 1, 0: the process can have nothing of anybody's; or -errno. */
+static int examine(struct bn_gpu *gpu, pid_t pid, struct outsider *o)
+{
+    enum bn_ckpt_state state;
     *o = (struct outsider){.pid = pid};
     if (pid == getpid() || !bn_target_maps_driver(pid) || bn_proc_comm(pid, o->comm) < 0 ||
         is_bennud(o->comm))
-        return false;
-    int r = bn_ckpt_state(gpu, pid, &state, NULL);
-    if (r == -ESRCH || (r == 0 && (state == BN_CKPT_NO_CUDA || state == BN_CKPT_FILES_ONLY)))
-        return false;
-    if (bn_agent_find(pid, &agent) < 0)
-        return true;
-    if (bn_agent_page(agent, &page) == 0 && page.state != BN_AGENT_INACTIVE) {
-        uint64_t named = 0;
-        o->agent = true;
-        memcpy(o->opened, page.sharing.opened, sizeof(o->opened));
-        for (size_t i = 0; i < BN_AGENT_OPENED_MAX; i++) {
-            named += o->opened[i].handles;
-            o->names = o->names || o->opened[i].handles == 0;
-        }
-        o->names = o->names && page.knows & BN_AGENT_KNOWS_SHARING;
-        o->strangers = page.blockers.imported_handles > named ? page.blockers.imported_handles - named : 0;
+        return 0;
+    int r = look_at_agent(o);
+    if (r >= 0 && !o->imported) { /* the driver may be wrong about one that is checkpointed */
+        int asked = bn_ckpt_state(gpu, pid, &state, NULL);
+        if (asked == -ESRCH || (asked == 0 && (state == BN_CKPT_NO_CUDA || state == BN_CKPT_FILES_ONLY)))
+            return 0;
     }
-    bn_agent_free(agent);
-    return true;
+    return r == -ESRCH ? 0 : r < 0 ? r : 1;
 }
 
 static bool has_open(const struct outsider *o, const uint8_t instance[16])
@@ -93,7 +142,7 @@ static int check_pair(const struct bn_target *t, const struct given *g, const st
             "it close that memory, or name a process above both of them",
             o->pid, o->comm, t->pid, t->comm);
     /* Handles that an agent made are opened by agents alone. */
-    bool by_handle = g->counts.ipc && o->agent && !o->names && o->strangers;
+    bool by_handle = g->counts.ipc && (o->lost || (!o->names && o->strangers));
     bool otherwise =
         (g->counts.vmm || g->counts.pools || g->counts.ipc_native) && (!o->agent || o->strangers);
     if (!by_handle && !otherwise)
@@ -103,8 +152,9 @@ static int check_pair(const struct bn_target *t, const struct given *g, const st
         "process %d (%s) has exported GPU memory, and process %d (%s) %s: end one of them, or name a "
         "process above both of them",
         t->pid, t->comm, o->pid, o->comm,
-        o->agent ? "has imported some, perhaps that"
-                 : "uses CUDA without 'bennu run', so that nobody can tell whether it has it");
+        o->agent || o->strangers ? "has imported some, perhaps that"
+        : o->lost ? "has closed the descriptors of its agent, so that nobody can tell whether it has it"
+                  : "uses CUDA without 'bennu run', so that nobody can tell whether it has it");
 }
 
 static int check_elsewhere(const struct bn_target *t, const struct given *g, struct bn_error *err)
@@ -139,7 +189,10 @@ static int examine_all(struct bn_gpu *gpu, const pid_t *pids, size_t n, struct o
     size_t have = 0;
     for (size_t i = 0; i < n; i++) {
         struct outsider o;
-        if (!examine(gpu, pids[i], &o))
+        int r = examine(gpu, pids[i], &o);
+        if (r < 0)
+            return r;
+        if (r == 0)
             continue;
         struct outsider *more = reallocarray(list, have + 1, sizeof(*list));
         if (!more)
@@ -152,6 +205,11 @@ static int examine_all(struct bn_gpu *gpu, const pid_t *pids, size_t n, struct o
     return 0;
 }
 
+static int cannot_look(int r, struct bn_error *err)
+{
+    return bn_error_set(err, r, "check", "cannot look for users of shared GPU memory: %s", strerror(-r));
+}
+
 /* Each process outside is looked at once, however many targets have given something: their gates may be closed meanwhile. */
 int bn_sharing_check_with(struct bn_gpu *gpu, const struct bn_targets *targets, const pid_t *outside,
                           size_t n, struct bn_error *err)
@@ -161,14 +219,16 @@ int bn_sharing_check_with(struct bn_gpu *gpu, const struct bn_targets *targets, 
     bool examined = false;
     for (size_t i = 0; i < targets->n; i++) {
         struct given g;
-        if (!find_given(&targets->v[i], &g))
+        int r = find_given(&targets->v[i], &g);
+        if (r < 0)
+            return cannot_look(r, err);
+        if (r == 0)
             continue;
-        int r = check_elsewhere(&targets->v[i], &g, err);
+        r = check_elsewhere(&targets->v[i], &g, err);
         if (r < 0)
             return r;
         if (!examined && (r = examine_all(gpu, outside, n, &others, &nothers)) < 0)
-            return bn_error_set(err, r, "check", "cannot look for users of shared GPU memory: %s",
-                                strerror(-r));
+            return cannot_look(r, err);
         examined = true;
         r = check_target(&targets->v[i], &g, others, nothers, err);
         if (r < 0)
@@ -189,16 +249,16 @@ int bn_sharing_check(struct bn_gpu *gpu, const struct bn_targets *targets, pid_t
 {
     bn_auto_free pid_t *tree = NULL, *all = NULL;
     size_t ntree = 0, nall = 0, n = 0;
-    bool any = false;
-    for (size_t i = 0; i < targets->n && !any; i++)
-        any = find_given(&targets->v[i], &(struct given){0});
-    if (!any)
-        return 0;
-    int r = bn_proc_tree(root, &tree, &ntree);
+    int r = 0;
+    for (size_t i = 0; i < targets->n && r == 0; i++)
+        r = find_given(&targets->v[i], &(struct given){0});
+    if (r <= 0)
+        return r < 0 ? cannot_look(r, err) : 0;
+    r = bn_proc_tree(root, &tree, &ntree);
     if (r == 0)
         r = bn_proc_all(&all, &nall);
     if (r < 0)
-        return bn_error_set(err, r, "check", "cannot look for users of shared GPU memory: %s", strerror(-r));
+        return cannot_look(r, err);
     for (size_t i = 0; i < nall; i++)
         if (!among(tree, ntree, all[i]))
             all[n++] = all[i];

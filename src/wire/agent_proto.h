@@ -71,7 +71,8 @@ struct bn_agent_sharing {
     uint64_t vmm;        /* given: cuMemCreate handles that were exported as descriptors */
     uint64_t pools;      /* given: memory pools that were exported */
     uint64_t elsewhere;  /* given: dma-bufs and fabric handles, for devices and other machines */
-    /* Taken, with the owner known. The rest of blockers.imported_handles is somebody's. */
+    /* Taken, with the owner known. The rest of blockers.imported_handles is somebody's. Where the entries did not suffice the last one
+     * counts what was left over, with an owner of ones: as long as that is not 0, anybody may be among them. */
     struct bn_agent_opened opened[BN_AGENT_OPENED_MAX];
 };
 

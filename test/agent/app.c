@@ -24,6 +24,8 @@
  *   ipcget I            cuIpcGetMemHandle of block I, in hex
  *   ipcopen HEX I SEED  open it (twice: the same address), compare with block I of a program whose seed is SEED
  *   ipcclose            both times; "ipcshut" once
+ *   ipcswap             those two act on another opened one from now on, or on the first again
+ *   unagent WHAT        close the agent's descriptors: of its page (0), all others (1)
  *   quit
  */
 #include "cu.h"
@@ -228,6 +230,17 @@ static void swap(void)
     printf("ok %d\n", n);
 }
 
+static void close_agent(bool page)
+{
+    for (int fd = 512; fd < NUMBERS; fd++) {
+        char path[64], link[256] = "";
+        snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+        if (readlink(path, link, sizeof(link) - 1) > 0 && page == (strstr(link, "bennu-agent") != NULL))
+            close(fd);
+    }
+    printf("ok\n");
+}
+
 static void count_swapped(void)
 {
     int n = 0;
@@ -324,7 +337,7 @@ static bool blocking(const char *word)
     return true;
 }
 
-static CUdeviceptr managed, opened, small;
+static CUdeviceptr managed, opened, opened_other, small;
 
 static void ipc_get(int i)
 {
@@ -372,6 +385,14 @@ static void ipc_close(void)
     must(cu.cuIpcCloseMemHandle(opened), "cuIpcCloseMemHandle");
     CUresult r = cu.cuIpcCloseMemHandle(opened);
     printf(r == CUDA_SUCCESS ? "no 0 closed thrice\n" : "ok\n");
+}
+
+static void ipc_swap(void)
+{
+    CUdeviceptr p = opened;
+    opened = opened_other;
+    opened_other = p;
+    printf("ok\n");
 }
 
 static void ipc_shut(void)
@@ -530,9 +551,11 @@ static bool special(const char *word, unsigned long a)
 
 static void obey(const char *word, unsigned long a, unsigned long b)
 {
-    if (blocking(word) || special(word, a) || sharing(word, a, b) || trying(word, a, b) || forking(word))
+    if (strcmp(word, "unagent") == 0)
+        close_agent(a == 0);
+    else if (blocking(word) || special(word, a) || sharing(word, a, b) || trying(word, a, b) || forking(word))
         return;
-    if (strcmp(word, "alloc") == 0) {
+    else if (strcmp(word, "alloc") == 0) {
         struct block *block = &blocks[count++];
         block->bytes = a * MIB;
         block->maps = 1;
@@ -603,6 +626,8 @@ int main(int argc, char **argv)
             ipc_close();
         else if (strcmp(word, "ipcshut") == 0)
             ipc_shut();
+        else if (strcmp(word, "ipcswap") == 0)
+            ipc_swap();
         else
             obey(word, a, b);
         fflush(stdout);

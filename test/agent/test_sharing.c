@@ -197,7 +197,7 @@ static void test_not_closed(void **state)
     end_all(&p);
 }
 
-/* More owners than there are entries: not named, but counted. */
+/* More owners than there are entries: not named, but counted, whoever of the others closes his. */
 static void test_many_owners(void **state)
 {
     (void)state;
@@ -205,20 +205,77 @@ static void test_many_owners(void **state)
     struct child more[BN_AGENT_OPENED_MAX];
     char open[256];
     start_all(&p);
+    child_do(&p.owner, "ipcget 0");
     for (unsigned i = 0; i < BN_AGENT_OPENED_MAX; i++) {
+        passes(&p.owner, &p.user, NULL);
         child_start(&more[i], NULL);
         child_do(&more[i], "alloc 2");
         child_do(&more[i], "ipcget 0");
         snprintf(open, sizeof(open), "ipcopen %.128s 0 1", more[i].answer + 3);
         child_do(&p.user, open);
+        if (i == 0)
+            child_do(&p.user, "ipcswap");
     }
     child_do(&p.owner, "ipcget 0");
-    passes(&p.owner, &p.user, NULL);
     snprintf(open, sizeof(open), "ipcopen %.128s 0 1", p.owner.answer + 3);
     child_do(&p.user, open);
     refused(&p.owner, &p.user, "has imported");
+    child_do(&p.user, "ipcswap");
+    child_do(&p.user, "ipcclose");
+    refused(&p.owner, &p.user, "has imported");
+    refused(&more[1], &p.user, "uses GPU memory");
+    child_do(&p.user, "ipcswap");
+    child_do(&p.user, "ipcclose");
+    refused(&more[1], &p.user, "uses GPU memory");
     for (unsigned i = 0; i < BN_AGENT_OPENED_MAX; i++)
         child_end(&more[i]);
+    end_all(&p);
+}
+
+/* What a program has open it keeps when its agent is gone. */
+static void test_agent_gone(void **state)
+{
+    (void)state;
+    for (int page = 0; page < 2; page++) {
+        struct people p;
+        struct bn_agent *a;
+        struct bn_agent_page now;
+        char open[256];
+        start_all(&p);
+        child_do(&p.owner, "ipcget 0");
+        snprintf(open, sizeof(open), "ipcopen %.128s 0 1", p.owner.answer + 3);
+        child_do(&p.user, open);
+        if (page) {
+            child_do(&p.user, "unagent 0");
+            refused(&p.owner, &p.user, "closed the descriptors");
+        } else {
+            assert_int_equal(bn_agent_find(p.user.pid, &a), 0);
+            child_do(&p.user, "unagent 1");
+            do
+                assert_int_equal(bn_agent_page(a, &now), 0);
+            while (now.state != BN_AGENT_INACTIVE && usleep(1000) == 0);
+            bn_agent_free(a);
+            refused(&p.owner, &p.user, "uses GPU memory");
+            child_do(&p.user, "ipcclose");
+            passes(&p.owner, &p.user, NULL);
+        }
+        end_all(&p);
+    }
+}
+
+/* The driver says of a program that is checkpointed now and then that it has no CUDA: its page knows better. */
+static void test_driver_is_wrong(void **state)
+{
+    (void)state;
+    struct people p;
+    char open[256];
+    start_all(&p);
+    child_do(&p.owner, "ipcget 0");
+    snprintf(open, sizeof(open), "ipcopen %.128s 0 1", p.owner.answer + 3);
+    child_do(&p.user, open);
+    faults("cuCheckpointProcessGetState:2+=3");
+    refused(&p.owner, &p.user, "uses GPU memory");
+    faults("");
     end_all(&p);
 }
 
@@ -240,10 +297,11 @@ int main(void)
         return 1;
     }
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_nothing_shared), cmocka_unit_test(test_ipc),
-        cmocka_unit_test(test_native_ipc),     cmocka_unit_test(test_vmm),
-        cmocka_unit_test(test_looked_at_once), cmocka_unit_test(test_not_closed),
-        cmocka_unit_test(test_many_owners),
+        cmocka_unit_test(test_nothing_shared),  cmocka_unit_test(test_ipc),
+        cmocka_unit_test(test_native_ipc),      cmocka_unit_test(test_vmm),
+        cmocka_unit_test(test_looked_at_once),  cmocka_unit_test(test_not_closed),
+        cmocka_unit_test(test_many_owners),     cmocka_unit_test(test_agent_gone),
+        cmocka_unit_test(test_driver_is_wrong),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     bn_gpu_close(gpu);
