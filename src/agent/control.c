@@ -35,8 +35,9 @@ bool bn_control_open_alone(void)
 void bn_control_open(void)
 {
     struct bn_answer unsent = {0};
-    untouched = false;
-    bn_evict_open(&unsent); /* where it refuses, memory is not in place: the gate had better stay closed */
+    if (bn_evict_open(&unsent) ==
+        0) /* where it fails, memory is not in place: the gate had better stay closed */
+        untouched = false;
 }
 
 static void note(uint32_t type, uint32_t before)

@@ -13,5 +13,5 @@ bool bn_control_handle(const void *packet, size_t len, const int *fds, unsigned 
 /* True while the gate is closed and the memory is as the application left it: then, and only then, it may open without being told
  * so. After an IMPORT the controller may still be copying into the memory. */
 bool bn_control_open_alone(void) BN_API_LOCAL;
-/* Open it: the controller is gone. */
+/* Open it: the controller is gone. Where that fails bn_control_open_alone stays true, for another try. */
 void bn_control_open(void) BN_API_LOCAL;

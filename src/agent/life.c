@@ -238,8 +238,11 @@ static void *agent_main(void *unused)
         bn_real.cuThreadExchangeStreamCaptureMode(&relaxed);
     while (bn_kept_valid(&near) && serve_one())
         ;
-    if (bn_control_open_alone()) /* nobody can ask for it any more */
+    while (bn_control_open_alone()) { /* nobody can ask for it any more */
         bn_control_open();
+        if (bn_control_open_alone())
+            poll(NULL, 0, CONTROLLER_LOOK_MS);
+    }
     stepped_aside("the program closed the agent's descriptors");
     return NULL;
 }
