@@ -308,10 +308,14 @@ CUresult bn_wrap_cuCtxEnablePeerAccess(CUcontext peerContext, unsigned int Flags
 {
     BN_GATED();
     CUcontext from = NULL;
-    CUdevice dev;
-    CUresult r = bn_real.cuCtxEnablePeerAccess(peerContext, Flags);
-    if (r != CUDA_SUCCESS || !bn_agent_converting() || bn_real.cuCtxGetCurrent(&from) != CUDA_SUCCESS ||
-        bn_real.cuCtxGetDevice(&dev) != CUDA_SUCCESS || dev < 0 || dev >= (int)BN_GPUS_MAX)
+    CUdevice dev = -1;
+    bool converting = bn_agent_converting();
+    CUresult r = converting ? bn_real.cuCtxGetCurrent(&from) : CUDA_SUCCESS;
+    if (r == CUDA_SUCCESS && converting) /* before anything is enabled that could not be mirrored */
+        r = bn_real.cuCtxGetDevice(&dev);
+    if (r == CUDA_SUCCESS)
+        r = bn_real.cuCtxEnablePeerAccess(peerContext, Flags);
+    if (r != CUDA_SUCCESS || !converting || dev < 0 || dev >= (int)BN_GPUS_MAX)
         return r;
     CUcontext to = peerContext;
     r = bn_ctx_of_memory(&from, dev);

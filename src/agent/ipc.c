@@ -320,11 +320,14 @@ CUresult bn_wrap_cuMemPoolImportFromShareableHandle(CUmemoryPool *pool_out, void
         return r;
     BN_LOCKED();
     uint64_t key = (uint64_t)(uintptr_t)*pool_out;
-    struct bn_node *n = bn_tree_find(&bn_track.imports, key) ? NULL : bn_pool_get(&bn_track.node_pool);
-    if (n) {
+    if (bn_tree_find(&bn_track.imports, key))
+        return r;
+    struct bn_node *n = bn_pool_get(&bn_track.node_pool);
+    if (n)
         bn_tree_insert(&bn_track.imports, n, key);
-        bn_page_add(&bn_agent_page()->blockers.imported_handles, 1);
-    }
+    else /* it counts, and is never seen to be destroyed */
+        bn_store(&bn_track.missed, true);
+    bn_page_add(&bn_agent_page()->blockers.imported_handles, 1);
     return r;
 }
 

@@ -116,11 +116,14 @@ CUresult bn_wrap_cuMemPoolExportToShareableHandle(void *handle_out, CUmemoryPool
         return r;
     BN_LOCKED();
     uint64_t key = (uint64_t)(uintptr_t)pool;
-    struct bn_node *n = bn_tree_find(&pools, key) ? NULL : bn_pool_get(&bn_track.node_pool);
-    if (n) {
+    if (bn_tree_find(&pools, key))
+        return r;
+    struct bn_node *n = bn_pool_get(&bn_track.node_pool);
+    if (n)
         bn_tree_insert(&pools, n, key);
-        bn_page_add(&bn_agent_page()->sharing.pools, 1);
-    }
+    else /* it counts, and is never seen to be destroyed */
+        bn_store(&bn_track.missed, true);
+    bn_page_add(&bn_agent_page()->sharing.pools, 1);
     return r;
 }
 

@@ -289,6 +289,12 @@ static void test_peer_access(void **state)
     assert_int_equal(flags, CU_MEM_ACCESS_FLAGS_PROT_NONE);
 
     assert_int_equal(cu.cuCtxDisablePeerAccess(ctx), CUDA_ERROR_PEER_ACCESS_NOT_ENABLED);
+    /* Where it cannot be mirrored it is not had. */
+    static const char *const unknown[] = {"cuCtxGetCurrent:1=999", "cuCtxGetDevice:1=999"};
+    for (size_t i = 0; i < 2; i++) {
+        say_failure(need_env("BENNU_SIM_FAIL_FILE"), unknown[i]);
+        assert_int_equal(cu.cuCtxEnablePeerAccess(ctx, 0), CUDA_ERROR_UNKNOWN);
+    }
     assert_int_equal(cu.cuCtxEnablePeerAccess(ctx, 0), 0);
     assert_int_equal(cu.cuCtxEnablePeerAccess(ctx, 0), CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED);
     assert_int_equal(cu.cuMemGetAccess(&flags, &second, early), 0);
