@@ -138,13 +138,16 @@ static int put_target(struct bn_quiesce *q, struct bn_target *t, enum bn_stage s
                      (q->flags & BN_FIND_KEEP_CONTEXT ? BN_RECORD_CONTEXT : 0);
     if (stage != BN_STAGE_GUARDED && (is_back(t) || (t->gated && !t->evicted && !(flags & BN_RECORD_GPU))))
         return 0; /* it has its memory; at most its gate waits */
-    if (bn_target_gone(t) || bn_proc_start_time(t->pid, &started) < 0)
+    int r = bn_target_gone(t) ? -ESRCH : bn_proc_start_time(t->pid, &started);
+    if (r == -ESRCH)
         return 0;
+    if (r < 0)
+        return bn_error_set(err, r, "guard", "cannot look at process %d: %s", t->pid, strerror(-r));
     bn_auto_free int *fds = calloc(t->nsegs + 1, sizeof(*fds));
     if (!fds)
         return bn_error_set(err, ENOMEM, "guard", "out of memory");
     size_t nfds;
-    int r = collect(q, t, flags, fds, &nfds, err);
+    r = collect(q, t, flags, fds, &nfds, err);
     if (r < 0)
         return r;
     bn_auto_writer w = {0};
@@ -392,18 +395,20 @@ static int read_target(struct bn_reader *b, struct bn_record *r, unsigned flags,
     return rc;
 }
 
-/* The number may be another process's by now. */
+/* The number may be another process's by now. -ESRCH only where that is certain: what the record holds is dropped then. */
 static int hold_process(struct bn_target *t, uint64_t started)
 {
     uint64_t now;
     t->pidfd = bn_pidfd_open(t->pid);
     if (t->pidfd < 0)
         return t->pidfd;
-    if (bn_proc_start_time(t->pid, &now) < 0 || now != started || bn_pidfd_dead(t->pidfd))
+    int r = bn_proc_start_time(t->pid, &now);
+    if (r == 0)
+        r = now == started ? bn_proc_inner_pid(t->pid, &t->inner) : -ESRCH;
+    if (bn_pidfd_dead(t->pidfd))
         return -ESRCH;
-    bn_proc_inner_pid(t->pid, &t->inner);
     bn_proc_comm(t->pid, t->comm);
-    return 0;
+    return r;
 }
 
 /* Those of the segments are the last ones. */
