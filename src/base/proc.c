@@ -222,6 +222,7 @@ int bn_proc_open_memfd(pid_t pid, const char *name, bool (*accept)(int fd, void 
     bn_auto_dir DIR *d = opendir(path);
     if (!d)
         return errno == ENOENT ? -ESRCH : -errno;
+    int unknown = 0;
     for (struct dirent *e = readdir(d); e; e = readdir(d)) {
         ssize_t len = readlinkat(dirfd(d), e->d_name, link, sizeof(link) - 1);
         if (len < 0)
@@ -230,10 +231,12 @@ int bn_proc_open_memfd(pid_t pid, const char *name, bool (*accept)(int fd, void 
         if (strcmp(link, want) != 0)
             continue;
         bn_auto_fd fd = openat(dirfd(d), e->d_name, O_RDWR | O_CLOEXEC);
+        if (fd < 0 && errno != ENOENT && errno != ESRCH)
+            unknown = -errno;
         if (fd >= 0 && (!accept || accept(fd, arg)))
             return BN_TAKE_FD(fd);
     }
-    return -ENOENT;
+    return unknown ? unknown : -ENOENT;
 }
 
 int bn_pidfd_open(pid_t pid)

@@ -329,6 +329,11 @@ static int look(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
         return 0;
     if (r == 0)
         r = bn_ckpt_state(q->env->gpu, t->pid, &state, err);
+    /* The driver's "no CUDA" is not believed of one that it may have checkpointed; after an exec it is true. */
+    if (r == 0 && (state == BN_CKPT_NO_CUDA || state == BN_CKPT_FILES_ONLY) &&
+        bn_target_maps_driver(t->pid) != 0)
+        r = bn_error_set(err, EAGAIN, "recover",
+                         "the driver says that process %d does not use CUDA: try again", t->pid);
     if (r < 0)
         return bn_target_wait_gone(t, 0) ? 0 : r;
     t->checkpointed = state == BN_CKPT_CHECKPOINTED;
@@ -373,10 +378,11 @@ bool bn_recover_image(const struct bn_record *record, bool processes_run)
     if (record->nfds != 1)
         return true;
     int dirfd = record->fds[0];
-    bool manifest = bn_image_present(dirfd) == 1;
-    if (manifest && !processes_run)
+    int manifest = bn_image_present(dirfd);
+    int criu = manifest > 0 && processes_run ? bn_image_has_criu(dirfd) : 1;
+    if (manifest < 0 || criu < 0 || (manifest && !processes_run)) /* not known counts as not yet */
         return false;
-    if (manifest ? bn_image_has_criu(dirfd) == 0 : !processes_run)
+    if (manifest ? criu == 0 : !processes_run)
         bn_image_spoil(dirfd, NULL);
     return true;
 }

@@ -112,10 +112,12 @@ static int examine(struct bn_gpu *gpu, pid_t pid, struct outsider *o)
 {
     enum bn_ckpt_state state;
     *o = (struct outsider){.pid = pid};
-    if (pid == getpid() || !bn_target_maps_driver(pid) || bn_proc_comm(pid, o->comm) < 0 ||
-        is_bennud(o->comm))
+    int r = pid == getpid() ? 0 : bn_target_maps_driver(pid);
+    if (r == -EACCES || r == -EPERM) /* of another user, where we are not root */
         return 0;
-    int r = look_at_agent(o);
+    if (r <= 0 || bn_proc_comm(pid, o->comm) < 0 || is_bennud(o->comm))
+        return r < 0 ? r : 0;
+    r = look_at_agent(o);
     if (r >= 0 && !o->imported) { /* the driver may be wrong about one that is checkpointed */
         int asked = bn_ckpt_state(gpu, pid, &state, NULL);
         if (asked == -ESRCH || (asked == 0 && (state == BN_CKPT_NO_CUDA || state == BN_CKPT_FILES_ONLY)))

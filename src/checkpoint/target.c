@@ -7,6 +7,7 @@
 #include "base/proc.h"
 #include "checkpoint/cold.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
@@ -15,17 +16,19 @@
 #include <string.h>
 
 /* Cheap answer to "could this process have CUDA state": the driver's library is mapped. */
-bool bn_target_maps_driver(pid_t pid)
+int bn_target_maps_driver(pid_t pid)
 {
     char path[64];
     snprintf(path, sizeof(path), "/proc/%d/maps", pid);
     bn_auto_file FILE *f = fopen(path, "re");
+    if (!f)
+        return errno == ENOENT || errno == ESRCH ? 0 : -errno;
     bn_auto_free char *line = NULL;
     size_t cap = 0;
-    while (f && getline(&line, &cap, f) > 0)
+    while (getline(&line, &cap, f) > 0)
         if (strstr(line, "libcuda.so") || strstr(line, "libbennu.so"))
-            return true;
-    return false;
+            return 1;
+    return 0;
 }
 
 void bn_target_drop_saved(struct bn_target *t)
@@ -68,29 +71,64 @@ void bn_targets_free(struct bn_targets *t)
     *t = (struct bn_targets){0};
 }
 
+/* Killed, though the kernel has not taken it apart yet: SIGKILL is pending, or some of its threads are exiting. 1, 0, or
+ * negative errno. */
+static int dying(pid_t pid)
+{
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/%d/status", pid);
+    bn_auto_free char *text = NULL;
+    size_t len;
+    int r = bn_read_file_at(AT_FDCWD, path, 1 << 16, (void **)&text, &len);
+    if (r < 0)
+        return r;
+    static const char *const pending[] = {"\nSigPnd:", "\nShdPnd:"};
+    for (size_t i = 0; i < BN_ARRAY_SIZE(pending); i++) {
+        const char *at = strstr(text, pending[i]);
+        if (at && (strtoull(at + strlen(pending[i]), NULL, 16) & (1ull << (SIGKILL - 1))))
+            return 1;
+    }
+    return strstr(text, "\nVmSize:") == NULL; /* its memory is gone already */
+}
+
+static bool has_memory(const struct bn_agent_page *page)
+{
+    uint64_t segments = 0;
+    for (uint32_t g = 0; g < page->gpu_count; g++)
+        segments += page->gpu[g].segments;
+    return segments > 0 || page->state == BN_AGENT_CLOSED || page->state == BN_AGENT_EVICTED;
+}
+
 /* 1: a target, filled in; 0: nothing to do with CUDA, or gone. */
 static int examine(struct bn_gpu *gpu, pid_t pid, unsigned flags, struct bn_target *t, struct bn_error *err)
 {
     *t = (struct bn_target){.pid = pid, .pidfd = -1};
-    if (!bn_target_maps_driver(pid))
-        return 0;
-
     struct bn_agent *agent = NULL;
-    int r = bn_agent_find(pid, &agent);
-    if (r < 0 && r != -ENOENT && r != -ESRCH)
-        return bn_error_set(err, r, "find", "cannot look into process %d: %s", pid, strerror(-r));
     struct bn_agent_page page;
-    if (agent && bn_agent_page(agent, &page) < 0) {
+    int r = bn_target_maps_driver(pid);
+    if (r == 0)
+        return 0;
+    if (r > 0)
+        r = bn_agent_find(pid, &agent);
+    if (r == 0 && (r = bn_agent_page(agent, &page)) < 0) {
         bn_agent_free(agent);
         agent = NULL;
     }
+    if (r < 0 && r != -ENOENT && r != -ESRCH)
+        return bn_error_set(err, r, "find", "cannot look into process %d: %s", pid, strerror(-r));
 
     enum bn_ckpt_state state;
     struct bn_error why = BN_ERROR_INIT;
     r = bn_ckpt_state(gpu, pid, &state, &why);
     if (r == -ESRCH || (r == 0 && (state == BN_CKPT_NO_CUDA || state == BN_CKPT_FILES_ONLY))) {
+        if (r == 0 && agent && has_memory(&page) && dying(pid) == 0)
+            r = bn_error_set(
+                err, EAGAIN, "find",
+                "the driver says that process %d does not use CUDA, and its agent, that it holds GPU "
+                "memory: try again",
+                pid);
         bn_agent_free(agent);
-        return 0;
+        return r == -ESRCH ? 0 : r;
     }
     if (r == 0 && state != BN_CKPT_RUNNING)
         r = bn_error_set(&why, EBUSY, "find",
@@ -196,13 +234,18 @@ int bn_targets_check(const struct bn_targets *targets, unsigned flags, struct bn
                 t->pid, t->comm);
         struct bn_agent *found = NULL;
         struct bn_agent *agent = t->agent;
-        if (!agent && bn_agent_find(t->pid, &found) == 0)
-            agent = found;
+        int r = agent ? 0 : bn_agent_find(t->pid, &found);
         struct bn_agent_page page;
-        int r = 0;
-        if (agent && bn_agent_page(agent, &page) == 0)
-            r = check_page(t, &page, flags, err);
+        if (r == 0)
+            r = bn_agent_page(agent ? agent : found, &page);
         bn_agent_free(found);
+        if (r == 0)
+            r = check_page(t, &page, flags, err);
+        else if (r == -ENOENT || r == -ESRCH) /* it has none, or is gone */
+            r = 0;
+        else
+            bn_error_set(err, r, "check", "cannot look into process %d (%s): %s", t->pid, t->comm,
+                         strerror(-r));
         if (r < 0)
             return r;
     }
@@ -279,37 +322,32 @@ ssize_t bn_targets_index(const struct bn_targets *t, pid_t pid)
     return -1;
 }
 
-/* Killed, though the kernel has not taken it apart yet: SIGKILL is pending, or some of its threads are exiting. */
-static bool dying(pid_t pid)
+/* 1: it may run; 0: not now, or there is nothing just now to look with; -ESRCH: it has ended. */
+static int runnable(const struct bn_target *t)
 {
-    char path[64];
-    snprintf(path, sizeof(path), "/proc/%d/status", pid);
-    bn_auto_free char *text = NULL;
-    size_t len;
-    if (bn_read_file_at(AT_FDCWD, path, 1 << 16, (void **)&text, &len) < 0)
-        return true;
-    static const char *const pending[] = {"\nSigPnd:", "\nShdPnd:"};
-    for (size_t i = 0; i < BN_ARRAY_SIZE(pending); i++) {
-        const char *at = strstr(text, pending[i]);
-        if (at && (strtoull(at + strlen(pending[i]), NULL, 16) & (1ull << (SIGKILL - 1))))
-            return true;
-    }
-    return strstr(text, "\nVmSize:") == NULL; /* its memory is gone already */
+    pid_t tracer;
+    char state, group[1024];
+    if (bn_pidfd_dead(t->pidfd))
+        return -ESRCH;
+    int r = bn_proc_tracer(t->pid, &tracer);
+    if (r == 0)
+        r = bn_proc_state(t->pid, &state);
+    if (r == 0)
+        r = state == 'Z' || state == 'X' ? 1 : dying(t->pid);
+    if (r == -EMFILE || r == -ENFILE || r == -ENOMEM)
+        return 0;
+    if (r != 0)
+        return -ESRCH;
+    return tracer == 0 && state != 'T' && state != 't' && !bn_cgroup_is_frozen(t->pid, group, sizeof(group));
 }
 
 int bn_target_wait_runnable(const struct bn_target *t, unsigned timeout_ms)
 {
     uint64_t deadline = bn_now_ns() + (uint64_t)timeout_ms * 1000000u;
     for (;;) {
-        pid_t tracer;
-        char state, group[1024];
-        if (bn_pidfd_dead(t->pidfd) || bn_proc_tracer(t->pid, &tracer) < 0 ||
-            bn_proc_state(t->pid, &state) < 0)
-            return -ESRCH;
-        if (state == 'Z' || state == 'X' || dying(t->pid))
-            return -ESRCH;
-        if (tracer == 0 && state != 'T' && state != 't' && !bn_cgroup_is_frozen(t->pid, group, sizeof(group)))
-            return 0;
+        int r = runnable(t);
+        if (r != 0)
+            return r > 0 ? 0 : r;
         if (bn_now_ns() >= deadline)
             return -ETIMEDOUT;
         /* Nothing tells of a detached tracer: look again soon, or at once when the process ends. */

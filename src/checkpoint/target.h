@@ -73,8 +73,8 @@ int bn_targets_find(struct bn_gpu *gpu, pid_t root, unsigned flags, struct bn_ta
 void bn_targets_free(struct bn_targets *t);
 void bn_target_clear(struct bn_target *t); /* one of them; its record stays */
 
-/* False: the process can have nothing to do with CUDA. */
-bool bn_target_maps_driver(pid_t pid);
+/* 0: the process can have nothing to do with CUDA, or is gone; 1: it may; negative errno: it cannot be looked at. */
+int bn_target_maps_driver(pid_t pid);
 
 /* -ENOTSUP with the reason when something in them could not be checkpointed or restored. */
 int bn_targets_check(const struct bn_targets *t, unsigned flags, struct bn_error *err);

@@ -51,7 +51,7 @@ static bool is_foreign(const struct daemon *d, const struct bn_agent_page *page)
 static void find(const struct daemon *d, struct listener *at)
 {
     struct bn_agent_page page;
-    if (!bn_target_maps_driver(at->pid) || bn_agent_find(at->pid, &at->agent) < 0)
+    if (bn_target_maps_driver(at->pid) <= 0 || bn_agent_find(at->pid, &at->agent) < 0)
         return;
     if (bn_agent_page(at->agent, &page) == 0 && page.gpu_count > 0) {
         at->foreign = is_foreign(d, &page);
@@ -88,7 +88,7 @@ static void scan(const struct daemon *d, struct listeners *l, bool all)
         forget(l);
     for (size_t i = 0; i < n; i++) {
         bool new = !bsearch(&pids[i], l->pids, l->npids, sizeof(*pids), by_number);
-        if (!new && !(all && bn_target_maps_driver(pids[i])))
+        if (!new && !(all && bn_target_maps_driver(pids[i]) > 0))
             continue;
         struct listener *more = reallocarray(l->v, l->n + 1, sizeof(*more));
         if (!more)

@@ -1,6 +1,7 @@
-/* Processes that cannot be looked at, because descriptors have run out: they are not gone. */
+/* Processes that cannot be looked at, because descriptors have run out: they are neither gone nor at large. */
 #include "base/cleanup.h"
 #include "base/proc.h"
+#include "checkpoint/recover.h"
 #include "checkpoint/record.h"
 
 #include <setjmp.h>
@@ -10,8 +11,10 @@
 
 #include <cmocka.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -137,11 +140,77 @@ static void test_put(void **state)
     close(t.pidfd);
 }
 
+static void test_wait(void **state)
+{
+    (void)state;
+    struct bn_target t = start();
+    assert_int_equal(bn_target_wait_runnable(&t, 10000), 0);
+    starve(0);
+    assert_int_equal(bn_target_wait_runnable(&t, 20), -ETIMEDOUT);
+    fed();
+    kill(t.pid, SIGSTOP);
+    int status;
+    assert_int_equal(waitpid(t.pid, &status, WUNTRACED), t.pid);
+    assert_int_equal(bn_target_wait_runnable(&t, 20), -ETIMEDOUT);
+    starve(0);
+    assert_int_equal(bn_target_wait_runnable(&t, 20), -ETIMEDOUT);
+    fed();
+    end(&t);
+    starve(0);
+    assert_int_equal(bn_target_wait_runnable(&t, 10000), -ESRCH);
+    fed();
+    close(t.pidfd);
+}
+
+static void test_agent(void **state)
+{
+    (void)state;
+    struct bn_agent *agent = NULL;
+    bn_auto_fd fd = memfd_create(BN_AGENT_MEMFD, MFD_CLOEXEC); /* found, but no agent's */
+    assert_true(fd >= 0);
+    assert_int_equal(bn_agent_find(getpid(), &agent), -ENOENT);
+    for (unsigned room = 0; room < 3; room++) { /* pidfd, folder, file */
+        starve(room);
+        int r = bn_agent_find(getpid(), &agent);
+        fed();
+        assert_int_equal(r, -EMFILE);
+    }
+}
+
+static void test_library(void **state)
+{
+    (void)state;
+    struct bn_target t = start();
+    assert_int_equal(bn_target_maps_driver(t.pid), 0);
+    starve(0);
+    int r = bn_target_maps_driver(t.pid);
+    fed();
+    assert_int_equal(r, -EMFILE);
+    end(&t);
+    assert_int_equal(bn_target_maps_driver(t.pid), 0);
+    close(t.pidfd);
+}
+
+static void test_image(void **state)
+{
+    (void)state;
+    int fds[2] = {open("/proc/self/exe", O_RDONLY | O_CLOEXEC), open("/proc", O_RDONLY | O_CLOEXEC)};
+    assert_true(fds[0] >= 0 && fds[1] >= 0);
+    struct bn_record record = {.kind = BN_RECORD_IMAGE, .fds = fds, .nfds = 1};
+    /* No folder: whether a manifest is in it cannot be told. */
+    assert_false(bn_recover_image(&record, true));
+    assert_false(bn_recover_image(&record, false));
+    record.fds = fds + 1; /* a folder without */
+    assert_true(bn_recover_image(&record, true));
+    close(fds[0]);
+    close(fds[1]);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_take_up),
-        cmocka_unit_test(test_put),
+        cmocka_unit_test(test_take_up), cmocka_unit_test(test_put),     cmocka_unit_test(test_wait),
+        cmocka_unit_test(test_agent),   cmocka_unit_test(test_library), cmocka_unit_test(test_image),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

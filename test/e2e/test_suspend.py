@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import signal
 import socket
 import struct
 import subprocess
@@ -140,6 +141,32 @@ class Suspend(Case):
                      says=("cannot be checkpointed", "; and the process could not be put back:", "cannot be unlocked",
                            f"'bennu resume {program.pid}' tries again"))
         self.assertEqual(self.state(program.pid)["state"], "suspended")
+        os.unlink(rules)
+        self.ok("resume", program.pid)
+        program.go_on()
+
+    def test_the_driver_forgets_a_process(self):
+        """It answers, once, that one does not use CUDA which does: nothing is left out, nobody stays behind."""
+        rules = self.path("rules")
+        self.start_daemon(BENNU_SIM_FAIL_FILE=rules)
+        program = self.tree()
+        with open(rules, "w", encoding="utf-8") as f:
+            f.write("cuCheckpointProcessGetState:1=3")
+        self.refused(1, "suspend", program.pid, says=("does not use CUDA", "try again"))
+        program.go_on()
+        self.check_cycle(program, rounds=1)
+        program.kill()
+
+        os.unlink(rules)
+        program = self.tree(agent=False)
+        self.ok("suspend", program.pid)
+        worker, = harness.children_of(self.daemon.pid)
+        os.kill(worker, signal.SIGKILL)
+        harness.wait_for(lambda: self.bennu("ps").returncode == 0 and harness.children_of(self.daemon.pid) != [worker],
+                         "another worker")
+        with open(rules, "w", encoding="utf-8") as f:
+            f.write("cuCheckpointProcessGetState:1+=3")
+        self.refused(1, "resume", program.pid, says=("does not use CUDA", "try again"))
         os.unlink(rules)
         self.ok("resume", program.pid)
         program.go_on()
