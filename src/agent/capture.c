@@ -22,24 +22,14 @@ static void publish_locked(void)
 static void add(uint64_t key)
 {
     BN_LOCKED();
-    if (bn_tree_find(&bn_track.captures, key))
-        return;
-    struct bn_node *n = bn_pool_get(&bn_track.node_pool);
-    if (n)
-        bn_tree_insert(&bn_track.captures, n, key);
-    else
-        bn_store(&bn_track.missed, true);
-    publish_locked();
+    if (bn_note_locked(&bn_track.captures, key))
+        publish_locked();
 }
 
 static void remove_locked(uint64_t key)
 {
-    struct bn_node *n = bn_tree_find(&bn_track.captures, key);
-    if (!n)
-        return;
-    bn_tree_remove(&bn_track.captures, n);
-    bn_pool_put(&bn_track.node_pool, n);
-    publish_locked();
+    if (bn_unnote_locked(&bn_track.captures, key))
+        publish_locked();
 }
 
 static void forget(uint64_t key)

@@ -35,8 +35,8 @@ bool bn_control_open_alone(void)
 void bn_control_open(void)
 {
     struct bn_answer unsent = {0};
-    if (bn_evict_open(&unsent) ==
-        0) /* where it fails, memory is not in place: the gate had better stay closed */
+    /* Where it fails, memory is not in place: the gate had better stay closed. */
+    if (bn_evict_open(&unsent) == 0)
         untouched = false;
 }
 

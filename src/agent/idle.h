@@ -4,8 +4,8 @@
 #include "agent/api/api_table.h"
 
 /* With the gate closed; agent's thread alone. 0; -EBUSY: some context was still at work at deadline_ns (the waiting goes on in
- * the background and its outcome is dropped); -EIO: a context is broken, or the driver does not say which there are, *cuda says how; -E2BIG: more contexts than it
- * can wait for; -EAGAIN: no thread to be had. */
+ * the background and its outcome is dropped); -EIO: a context is broken, or the driver does not say which there are, *cuda says
+ * how; -E2BIG: more contexts than it can wait for; -EAGAIN: no thread to be had. */
 int bn_idle_wait(uint64_t deadline_ns, CUresult *cuda) BN_API_LOCAL;
 /* In a forked child: the waiting thread is not there. */
 void bn_idle_after_fork(void) BN_API_LOCAL;

@@ -319,15 +319,8 @@ CUresult bn_wrap_cuMemPoolImportFromShareableHandle(CUmemoryPool *pool_out, void
     if (r != CUDA_SUCCESS || !pool_out)
         return r;
     BN_LOCKED();
-    uint64_t key = (uint64_t)(uintptr_t)*pool_out;
-    if (bn_tree_find(&bn_track.imports, key))
-        return r;
-    struct bn_node *n = bn_pool_get(&bn_track.node_pool);
-    if (n)
-        bn_tree_insert(&bn_track.imports, n, key);
-    else /* it counts, and is never seen to be destroyed */
-        bn_store(&bn_track.missed, true);
-    bn_page_add(&bn_agent_page()->blockers.imported_handles, 1);
+    if (bn_note_locked(&bn_track.imports, (uint64_t)(uintptr_t)*pool_out))
+        bn_page_add(&bn_agent_page()->blockers.imported_handles, 1);
     return r;
 }
 
@@ -339,11 +332,7 @@ CUresult bn_wrap_cuMemPoolDestroy(CUmemoryPool pool)
         return r;
     BN_LOCKED();
     bn_share_pool_gone_locked(pool);
-    struct bn_node *n = bn_tree_find(&bn_track.imports, (uint64_t)(uintptr_t)pool);
-    if (n) {
-        bn_tree_remove(&bn_track.imports, n);
-        bn_pool_put(&bn_track.node_pool, n);
+    if (bn_unnote_locked(&bn_track.imports, (uint64_t)(uintptr_t)pool))
         bn_page_add(&bn_agent_page()->blockers.imported_handles, -1);
-    }
     return r;
 }

@@ -115,24 +115,13 @@ CUresult bn_wrap_cuMemPoolExportToShareableHandle(void *handle_out, CUmemoryPool
     if (r != CUDA_SUCCESS)
         return r;
     BN_LOCKED();
-    uint64_t key = (uint64_t)(uintptr_t)pool;
-    if (bn_tree_find(&pools, key))
-        return r;
-    struct bn_node *n = bn_pool_get(&bn_track.node_pool);
-    if (n)
-        bn_tree_insert(&pools, n, key);
-    else /* it counts, and is never seen to be destroyed */
-        bn_store(&bn_track.missed, true);
-    bn_page_add(&bn_agent_page()->sharing.pools, 1);
+    if (bn_note_locked(&pools, (uint64_t)(uintptr_t)pool))
+        bn_page_add(&bn_agent_page()->sharing.pools, 1);
     return r;
 }
 
 void bn_share_pool_gone_locked(CUmemoryPool pool)
 {
-    struct bn_node *n = bn_tree_find(&pools, (uint64_t)(uintptr_t)pool);
-    if (!n)
-        return;
-    bn_tree_remove(&pools, n);
-    bn_pool_put(&bn_track.node_pool, n);
-    bn_page_add(&bn_agent_page()->sharing.pools, -1);
+    if (bn_unnote_locked(&pools, (uint64_t)(uintptr_t)pool))
+        bn_page_add(&bn_agent_page()->sharing.pools, -1);
 }

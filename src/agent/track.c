@@ -163,6 +163,30 @@ static void account(const struct bn_seg *seg, int sign)
     }
 }
 
+/* ---- notes ----------------------------------------------------------------------------------------- */
+
+bool bn_note_locked(struct bn_tree *noted, uint64_t key)
+{
+    if (bn_tree_find(noted, key))
+        return false;
+    struct bn_node *n = bn_pool_get(&bn_track.node_pool);
+    if (n)
+        bn_tree_insert(noted, n, key);
+    else
+        bn_store(&bn_track.missed, true);
+    return true;
+}
+
+bool bn_unnote_locked(struct bn_tree *noted, uint64_t key)
+{
+    struct bn_node *n = bn_tree_find(noted, key);
+    if (!n)
+        return false;
+    bn_tree_remove(noted, n);
+    bn_pool_put(&bn_track.node_pool, n);
+    return true;
+}
+
 /* ---- handles --------------------------------------------------------------------------------------- */
 
 CUresult bn_release_locked(CUmemGenericAllocationHandle handle)

@@ -170,6 +170,11 @@ void bn_doomed_again_locked(void) BN_API_LOCAL;
 CUresult bn_release_locked(CUmemGenericAllocationHandle handle) BN_API_LOCAL;
 /* Release those, or say why there still are some. */
 CUresult bn_release_stuck_locked(void) BN_API_LOCAL;
+/* Note something of the driver's by a key: a capture, a memory pool. False: it was noted already. Where there is no memory for it
+ * `missed` is set, and it is never seen to go. */
+bool bn_note_locked(struct bn_tree *noted, uint64_t key) BN_API_LOCAL;
+/* It is gone. False: it was not noted. */
+bool bn_unnote_locked(struct bn_tree *noted, uint64_t key) BN_API_LOCAL;
 struct bn_seg *bn_seg_of_token_locked(CUmemGenericAllocationHandle handle) BN_API_LOCAL;
 static inline CUmemGenericAllocationHandle bn_seg_token(const struct bn_seg *seg)
 {
