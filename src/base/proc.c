@@ -214,6 +214,22 @@ int bn_proc_all(pid_t **pids, size_t *n)
     return 0;
 }
 
+int bn_proc_maps(pid_t pid, const char *const *texts, size_t n)
+{
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/%d/maps", pid);
+    bn_auto_file FILE *f = fopen(path, "re");
+    if (!f)
+        return errno == ENOENT ? -ESRCH : -errno;
+    bn_auto_free char *line = NULL;
+    size_t cap = 0;
+    while (getline(&line, &cap, f) > 0)
+        for (size_t i = 0; i < n; i++)
+            if (strstr(line, texts[i]))
+                return 1;
+    return 0;
+}
+
 int bn_proc_open_memfd(pid_t pid, const char *name, bool (*accept)(int fd, void *arg), void *arg)
 {
     char path[64], want[64], link[256];

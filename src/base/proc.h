@@ -24,6 +24,9 @@ int bn_proc_tree(pid_t root, pid_t **pids, size_t *n);
 /* Every process of the machine that we can see. */
 int bn_proc_all(pid_t **pids, size_t *n);
 
+/* Does a line of the process's memory mappings contain one of the `n` texts? 1 or 0; -ESRCH: it is gone; or another negative errno. */
+int bn_proc_maps(pid_t pid, const char *const *texts, size_t n);
+
 /* Open read-write, on a file description of our own, the memfd called `name` that `pid` has open. `accept` (may be NULL) looks at
  * the opened file and says whether it is the one sought. -ENOENT: it has none. Returns a descriptor. */
 int bn_proc_open_memfd(pid_t pid, const char *name, bool (*accept)(int fd, void *arg), void *arg);

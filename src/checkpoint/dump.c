@@ -275,7 +275,7 @@ int bn_dump_covers(const struct bn_dump *d, pid_t pid, struct bn_error *err)
     int r = bn_ckpt_state(d->q.env->gpu, pid, &state, err);
     if (r < 0)
         return r == -ESRCH ? 0 : r;
-    if (state == BN_CKPT_NO_CUDA || state == BN_CKPT_FILES_ONLY)
+    if (bn_ckpt_no_cuda(state))
         return 0;
     return bn_error_set(err, EAGAIN, "find",
                         "process %d began to use CUDA while the checkpoint was under way: try again", pid);

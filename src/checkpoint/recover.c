@@ -330,8 +330,7 @@ static int look(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
     if (r == 0)
         r = bn_ckpt_state(q->env->gpu, t->pid, &state, err);
     /* The driver's "no CUDA" is not believed of one that it may have checkpointed; after an exec it is true. */
-    if (r == 0 && (state == BN_CKPT_NO_CUDA || state == BN_CKPT_FILES_ONLY) &&
-        bn_target_maps_driver(t->pid) != 0)
+    if (r == 0 && bn_ckpt_no_cuda(state) && bn_target_maps_driver(t->pid) != 0)
         r = bn_error_set(err, EAGAIN, "recover",
                          "the driver says that process %d does not use CUDA: try again", t->pid);
     if (r < 0)

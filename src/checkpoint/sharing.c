@@ -4,7 +4,6 @@
 #include "base/proc.h"
 
 #include <errno.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -29,14 +28,12 @@ struct outsider {
 /* 1: something; 0: nothing, or nothing is known (no agent, or one that is too old). */
 static int find_given(const struct bn_target *t, struct given *out)
 {
-    struct bn_agent *found = NULL;
     struct bn_agent_page page;
-    int r = t->agent ? 0 : bn_agent_find(t->pid, &found);
-    if (r == 0)
-        r = bn_agent_page(t->agent ? t->agent : found, &page);
-    bn_agent_free(found);
-    if (r < 0 || !(page.knows & BN_AGENT_KNOWS_SHARING))
-        return r == -ENOENT || r == -ESRCH ? 0 : r;
+    int r = bn_target_page(t, &page);
+    if (r <= 0)
+        return r;
+    if (!(page.knows & BN_AGENT_KNOWS_SHARING))
+        return 0;
     out->counts = page.sharing;
     memcpy(out->instance, page.instance, sizeof(out->instance));
     const struct bn_agent_sharing *s = &out->counts;
@@ -73,25 +70,10 @@ static void note_imports(const struct bn_agent_page *page, struct outsider *o)
     o->strangers = imported > named ? imported - named : 0;
 }
 
-/* Is an agent's page mapped? 1, 0, or -errno. */
-static int maps_page(pid_t pid)
-{
-    char path[64];
-    snprintf(path, sizeof(path), "/proc/%d/maps", pid);
-    bn_auto_file FILE *f = fopen(path, "re");
-    bn_auto_free char *line = NULL;
-    size_t cap = 0;
-    if (!f)
-        return errno == ENOENT ? -ESRCH : -errno;
-    while (getline(&line, &cap, f) > 0)
-        if (strstr(line, "/memfd:" BN_AGENT_MEMFD))
-            return 1;
-    return 0;
-}
-
 /* 1, 0: it has no agent; -ESRCH: it is gone; or another -errno. */
 static int look_at_agent(struct outsider *o)
 {
+    static const char *const its_page[] = {"/memfd:" BN_AGENT_MEMFD};
     struct bn_agent *agent = NULL;
     struct bn_agent_page page;
     int r = bn_agent_find(o->pid, &agent);
@@ -102,7 +84,7 @@ static int look_at_agent(struct outsider *o)
         note_imports(&page, o);
     if (r != -ENOENT)
         return r < 0 ? r : 1;
-    r = maps_page(o->pid);
+    r = bn_proc_maps(o->pid, its_page, 1);
     o->lost = r == 1;
     return r < 0 ? r : 0;
 }
@@ -120,7 +102,7 @@ static int examine(struct bn_gpu *gpu, pid_t pid, struct outsider *o)
     r = look_at_agent(o);
     if (r >= 0 && !o->imported) { /* the driver may be wrong about one that is checkpointed */
         int asked = bn_ckpt_state(gpu, pid, &state, NULL);
-        if (asked == -ESRCH || (asked == 0 && (state == BN_CKPT_NO_CUDA || state == BN_CKPT_FILES_ONLY)))
+        if (asked == -ESRCH || (asked == 0 && bn_ckpt_no_cuda(state)))
             return 0;
     }
     return r == -ESRCH ? 0 : r < 0 ? r : 1;

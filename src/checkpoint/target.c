@@ -18,17 +18,9 @@
 /* Cheap answer to "could this process have CUDA state": the driver's library is mapped. */
 int bn_target_maps_driver(pid_t pid)
 {
-    char path[64];
-    snprintf(path, sizeof(path), "/proc/%d/maps", pid);
-    bn_auto_file FILE *f = fopen(path, "re");
-    if (!f)
-        return errno == ENOENT || errno == ESRCH ? 0 : -errno;
-    bn_auto_free char *line = NULL;
-    size_t cap = 0;
-    while (getline(&line, &cap, f) > 0)
-        if (strstr(line, "libcuda.so") || strstr(line, "libbennu.so"))
-            return 1;
-    return 0;
+    static const char *const libraries[] = {"libcuda.so", "libbennu.so"};
+    int r = bn_proc_maps(pid, libraries, BN_ARRAY_SIZE(libraries));
+    return r == -ESRCH ? 0 : r;
 }
 
 void bn_target_drop_saved(struct bn_target *t)
@@ -120,7 +112,7 @@ static int examine(struct bn_gpu *gpu, pid_t pid, unsigned flags, struct bn_targ
     enum bn_ckpt_state state;
     struct bn_error why = BN_ERROR_INIT;
     r = bn_ckpt_state(gpu, pid, &state, &why);
-    if (r == -ESRCH || (r == 0 && (state == BN_CKPT_NO_CUDA || state == BN_CKPT_FILES_ONLY))) {
+    if (r == -ESRCH || (r == 0 && bn_ckpt_no_cuda(state))) {
         if (r == 0 && agent && has_memory(&page) && dying(pid) == 0)
             r = bn_error_set(
                 err, EAGAIN, "find",
@@ -221,6 +213,16 @@ static int check_page(const struct bn_target *t, const struct bn_agent_page *p, 
     return 0;
 }
 
+int bn_target_page(const struct bn_target *t, struct bn_agent_page *page)
+{
+    struct bn_agent *found = NULL;
+    int r = t->agent ? 0 : bn_agent_find(t->pid, &found);
+    if (r == 0)
+        r = bn_agent_page(t->agent ? t->agent : found, page);
+    bn_agent_free(found);
+    return r == 0 ? 1 : r == -ENOENT || r == -ESRCH ? 0 : r;
+}
+
 int bn_targets_check(const struct bn_targets *targets, unsigned flags, struct bn_error *err)
 {
     for (size_t i = 0; i < targets->n; i++) {
@@ -232,18 +234,11 @@ int bn_targets_check(const struct bn_targets *targets, unsigned flags, struct bn
                 "which keeps no contexts: suspend it without --keep-context, or start it with "
                 "'bennu run'",
                 t->pid, t->comm);
-        struct bn_agent *found = NULL;
-        struct bn_agent *agent = t->agent;
-        int r = agent ? 0 : bn_agent_find(t->pid, &found);
         struct bn_agent_page page;
-        if (r == 0)
-            r = bn_agent_page(agent ? agent : found, &page);
-        bn_agent_free(found);
-        if (r == 0)
+        int r = bn_target_page(t, &page);
+        if (r > 0)
             r = check_page(t, &page, flags, err);
-        else if (r == -ENOENT || r == -ESRCH) /* it has none, or is gone */
-            r = 0;
-        else
+        else if (r < 0)
             bn_error_set(err, r, "check", "cannot look into process %d (%s): %s", t->pid, t->comm,
                          strerror(-r));
         if (r < 0)

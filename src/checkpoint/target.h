@@ -76,6 +76,9 @@ void bn_target_clear(struct bn_target *t); /* one of them; its record stays */
 /* 0: the process can have nothing to do with CUDA, or is gone; 1: it may; negative errno: it cannot be looked at. */
 int bn_target_maps_driver(pid_t pid);
 
+/* The page of its agent, also of one that is left out. 1; 0: it has none, or is gone; negative errno: it cannot be looked at. */
+int bn_target_page(const struct bn_target *t, struct bn_agent_page *page);
+
 /* -ENOTSUP with the reason when something in them could not be checkpointed or restored. */
 int bn_targets_check(const struct bn_targets *t, unsigned flags, struct bn_error *err);
 uint64_t bn_targets_evictable(const struct bn_targets *t); /* bytes, from the agents' pages */

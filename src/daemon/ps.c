@@ -71,8 +71,7 @@ static bool look(struct daemon *d, pid_t pid, struct bn_ps_entry *e)
         describe(&page, e);
     } else {
         enum bn_ckpt_state state;
-        if (bn_ckpt_state(d->env.gpu, pid, &state, NULL) < 0 || state == BN_CKPT_NO_CUDA ||
-            state == BN_CKPT_FILES_ONLY)
+        if (bn_ckpt_state(d->env.gpu, pid, &state, NULL) < 0 || bn_ckpt_no_cuda(state))
             return false;
         e->state = state == BN_CKPT_FAILED ? BN_PS_LOST : BN_PS_NO_AGENT;
         snprintf(e->note, sizeof(e->note), "no agent: the driver's own path, slow");

@@ -272,7 +272,7 @@ static int wrong_process(struct bn_gpu *gpu, enum step step, pid_t pid, CUresult
     int r = bn_ckpt_state(gpu, pid, &state, &why);
     if (r < 0)
         return bn_error_set(err, r, stage, "%s", why.text);
-    if (state == BN_CKPT_NO_CUDA || state == BN_CKPT_FILES_ONLY)
+    if (bn_ckpt_no_cuda(state))
         return bn_error_set(err, ENODEV, stage, "%s cannot be %s: it does not use CUDA%s.", w.text,
                             steps[step].verb,
                             state == BN_CKPT_FILES_ONLY ? ", although it holds the GPU's device files" : "");

@@ -277,6 +277,12 @@ enum bn_ckpt_state {
     BN_CKPT_FILES_ONLY,
 };
 
+/* The driver has nothing to checkpoint in such a process. */
+static inline bool bn_ckpt_no_cuda(enum bn_ckpt_state state)
+{
+    return state == BN_CKPT_NO_CUDA || state == BN_CKPT_FILES_ONLY;
+}
+
 /* What the driver says of a process. "No CUDA" is not read from the driver's error alone (it answers
  * INVALID_VALUE for that and for more): the process must live, be a process and not a thread, and hold
  * none of the GPU's device files. -ESRCH: no such process; -ENOSYS: the driver (older than 570) has no
