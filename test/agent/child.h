@@ -65,6 +65,26 @@ static inline void child_start(struct child *c, const char *limit)
     child_read(c);
 }
 
+/* A child whose driver can be told what to answer, in a file at `path`, a template (say_failure). */
+static inline void child_start_failing(struct child *c, char *path)
+{
+    int fd = mkstemp(path);
+    assert_true(fd >= 0);
+    close(fd);
+    setenv("BENNU_SIM_FAIL_FILE", path, 1);
+    child_start(c, NULL);
+    unsetenv("BENNU_SIM_FAIL_FILE");
+}
+
+/* The handle of a block, as a command that opens it and compares it with block `i`. */
+static inline void child_open_command(struct child *owner, int i, char out[256])
+{
+    char get[32];
+    snprintf(get, sizeof(get), "ipcget %d", i);
+    child_do(owner, get);
+    snprintf(out, 256, "ipcopen %.128s %d 1", owner->answer + 3, i);
+}
+
 static inline void child_end(struct child *c)
 {
     int status;

@@ -489,15 +489,6 @@ static void evict_and_restore(struct bn_agent *a)
     held_free(&h);
 }
 
-/* The handle of a block, as a command that opens it and compares it with block `i`. */
-static void open_command(struct child *owner, int i, char out[256])
-{
-    char get[32];
-    snprintf(get, sizeof(get), "ipcget %d", i);
-    child_do(owner, get);
-    snprintf(out, 256, "ipcopen %.128s %d 1", owner->answer + 3, i);
-}
-
 static void not_opened(struct child *user, const char *open)
 {
     child_send(user, open);
@@ -521,7 +512,7 @@ static void test_ipc(void **state)
     struct bn_agent *a = attach(&owner), *b = attach(&user);
     assert_true(page_of(a).gpu[0].segments < 25);
     for (int i = 0; i < GIVEN; i++)
-        open_command(&owner, given[i], open[i]);
+        child_open_command(&owner, given[i], open[i]);
     for (int round = 0; round < 3; round++) {
         for (int i = 0; i < GIVEN; i++) {
             struct bn_error said = BN_ERROR_INIT;
@@ -575,17 +566,6 @@ static void test_busy(void **state)
     child_end(&c);
 }
 
-/* A child whose driver can be told what to answer, in a file at `path`, a template. */
-static void start_failing(struct child *c, char *path)
-{
-    int fd = mkstemp(path);
-    assert_true(fd >= 0);
-    close(fd);
-    setenv("BENNU_SIM_FAIL_FILE", path, 1);
-    child_start(c, NULL);
-    unsetenv("BENNU_SIM_FAIL_FILE");
-}
-
 /* Whether the GPU is at work in the primary context cannot be told: then nothing may be taken away. */
 static void test_work_unknown(void **state)
 {
@@ -594,7 +574,7 @@ static void test_work_unknown(void **state)
     char path[] = "/tmp/bennu-agent-test-XXXXXX", rule[128];
     struct child c;
     setenv("BENNU_TEST_PRIMARY", "1", 1);
-    start_failing(&c, path);
+    child_start_failing(&c, path);
     unsetenv("BENNU_TEST_PRIMARY");
     populate(&c);
     struct bn_agent *a = attach(&c);
@@ -631,7 +611,7 @@ static void test_driver_fails(void **state)
                                          "cuMemSetAccess:5=999", "cuMemImportFromShareableHandle:6=999"};
     char path[] = "/tmp/bennu-agent-test-XXXXXX";
     struct child c;
-    start_failing(&c, path);
+    child_start_failing(&c, path);
     populate(&c);
     struct bn_agent *a = attach(&c);
     for (size_t i = 0; i < sizeof(evict) / sizeof(evict[0]); i++) {
@@ -686,7 +666,7 @@ static void test_freeing_fails(void **state)
         struct held h = {0};
         struct child c;
         assert_int_equal(sim.cuMemGetInfo_v2(&before, &total), 0);
-        start_failing(&c, path);
+        child_start_failing(&c, path);
         child_do(&c, "alloc 80");
         child_do(&c, "alloc 2");
         child_do(&c, "vmm 4 1");
@@ -732,9 +712,9 @@ static void test_closing_fails(void **state)
     struct bn_error said = BN_ERROR_INIT;
     struct child owner, user;
     child_start(&owner, NULL);
-    start_failing(&user, path);
+    child_start_failing(&user, path);
     child_do(&owner, "alloc 2");
-    open_command(&owner, 0, open);
+    child_open_command(&owner, 0, open);
     child_do(&user, open);
     say_failure(path, "cuMemUnmap:1+=999");
     child_do(&user, "ipcclose");

@@ -95,9 +95,8 @@ static void test_ipc(void **state)
     char open[256];
     start_all(&p);
     child_do(&p.owner, "ipcget 0");
-    child_do(&p.owner, "ipcget 0");
+    child_open_command(&p.owner, 0, open);
     assert_int_equal(sharing(&p.owner).ipc, 1);
-    snprintf(open, sizeof(open), "ipcopen %.128s 0 1", p.owner.answer + 3);
     passes(&p.owner, &p.user, &p.stranger);
     child_do(&p.user, open);
     refused(&p.owner, &p.user, "uses GPU memory");
@@ -182,8 +181,7 @@ static void test_not_closed(void **state)
     struct people p;
     char open[256];
     start_all(&p);
-    child_do(&p.owner, "ipcget 0");
-    snprintf(open, sizeof(open), "ipcopen %.128s 0 1", p.owner.answer + 3);
+    child_open_command(&p.owner, 0, open);
     child_do(&p.user, open);
     child_do(&p.user, "ipcshut");
     faults("cuCtxSynchronize:1=700");
@@ -210,14 +208,12 @@ static void test_many_owners(void **state)
         passes(&p.owner, &p.user, NULL);
         child_start(&more[i], NULL);
         child_do(&more[i], "alloc 2");
-        child_do(&more[i], "ipcget 0");
-        snprintf(open, sizeof(open), "ipcopen %.128s 0 1", more[i].answer + 3);
+        child_open_command(&more[i], 0, open);
         child_do(&p.user, open);
         if (i == 0)
             child_do(&p.user, "ipcswap");
     }
-    child_do(&p.owner, "ipcget 0");
-    snprintf(open, sizeof(open), "ipcopen %.128s 0 1", p.owner.answer + 3);
+    child_open_command(&p.owner, 0, open);
     child_do(&p.user, open);
     refused(&p.owner, &p.user, "has imported");
     child_do(&p.user, "ipcswap");
@@ -242,8 +238,7 @@ static void test_agent_gone(void **state)
         struct bn_agent_page now;
         char open[256];
         start_all(&p);
-        child_do(&p.owner, "ipcget 0");
-        snprintf(open, sizeof(open), "ipcopen %.128s 0 1", p.owner.answer + 3);
+        child_open_command(&p.owner, 0, open);
         child_do(&p.user, open);
         if (page) {
             child_do(&p.user, "unagent 0");
@@ -270,8 +265,7 @@ static void test_driver_is_wrong(void **state)
     struct people p;
     char open[256];
     start_all(&p);
-    child_do(&p.owner, "ipcget 0");
-    snprintf(open, sizeof(open), "ipcopen %.128s 0 1", p.owner.answer + 3);
+    child_open_command(&p.owner, 0, open);
     child_do(&p.user, open);
     faults("cuCheckpointProcessGetState:2+=3");
     refused(&p.owner, &p.user, "uses GPU memory");

@@ -61,12 +61,7 @@ static void test_refused(void **state)
     struct bn_target t = {.gated = true};
     struct bn_error said = BN_ERROR_INIT;
     char path[] = "/tmp/bennu-agent-test-XXXXXX";
-    int fd = mkstemp(path);
-    assert_true(fd >= 0);
-    close(fd);
-    setenv("BENNU_SIM_FAIL_FILE", path, 1);
-    child_start(&c, NULL);
-    unsetenv("BENNU_SIM_FAIL_FILE");
+    child_start_failing(&c, path);
     child_do(&c, "alloc 4");
     assert_int_equal(bn_agent_find(c.pid, &t.agent), 0);
     CHECK(bn_agent_attach(t.agent, err));

@@ -12,6 +12,12 @@ import harness
 from harness import Case, ODD, wait_for
 
 
+def answer(rules, text):
+    """What the driver of a daemon with this file of rules answers from now on; see sim/README.md."""
+    with open(rules, "w", encoding="utf-8") as f:
+        f.write(text)
+
+
 class Suspend(Case):
     def state(self, pid):
         found = [p for p in self.ok_json("ps")["processes"] if p["pid"] == pid]
@@ -117,8 +123,7 @@ class Suspend(Case):
             program = self.tree(agent=agent)
             for call in ("cuCheckpointProcessUnlock", "cuCheckpointProcessRestore"):
                 with self.subTest(agent=agent, call=call):
-                    with open(rules, "w", encoding="utf-8") as f:
-                        f.write(f"{call}:1+=2")
+                    answer(rules, f"{call}:1+=2")
                     name = f"{call}-{agent}"
                     self.refused(1, "dump", program.pid, self.path(name), "--leave-running",
                                  says=("is complete", "not brought back", f"bennu resume {program.pid}"))
@@ -135,8 +140,7 @@ class Suspend(Case):
         rules = self.path("rules")
         self.start_daemon(BENNU_SIM_FAIL_FILE=rules)
         program = self.tree()
-        with open(rules, "w", encoding="utf-8") as f:
-            f.write("cuCheckpointProcessCheckpoint:3+=2,cuCheckpointProcessUnlock:1+=2")
+        answer(rules, "cuCheckpointProcessCheckpoint:3+=2,cuCheckpointProcessUnlock:1+=2")
         self.refused(1, "suspend", program.pid,
                      says=("cannot be checkpointed", "; and the process could not be put back:", "cannot be unlocked",
                            f"'bennu resume {program.pid}' tries again"))
@@ -150,8 +154,7 @@ class Suspend(Case):
         rules = self.path("rules")
         self.start_daemon(BENNU_SIM_FAIL_FILE=rules)
         program = self.tree()
-        with open(rules, "w", encoding="utf-8") as f:
-            f.write("cuCheckpointProcessGetState:1=3")
+        answer(rules, "cuCheckpointProcessGetState:1=3")
         self.refused(1, "suspend", program.pid, says=("does not use CUDA", "try again"))
         program.go_on()
         self.check_cycle(program, rounds=1)
@@ -164,8 +167,7 @@ class Suspend(Case):
         os.kill(worker, signal.SIGKILL)
         harness.wait_for(lambda: self.bennu("ps").returncode == 0 and harness.children_of(self.daemon.pid) != [worker],
                          "another worker")
-        with open(rules, "w", encoding="utf-8") as f:
-            f.write("cuCheckpointProcessGetState:1+=3")
+        answer(rules, "cuCheckpointProcessGetState:1+=3")
         self.refused(1, "resume", program.pid, says=("does not use CUDA", "try again"))
         os.unlink(rules)
         self.ok("resume", program.pid)
@@ -177,11 +179,9 @@ class Suspend(Case):
         program, other = self.memcheck(), self.memcheck()
         for p in (program, other):
             self.ok("suspend", p.pid)
-        with open(rules, "w", encoding="utf-8") as f:
-            f.write("cuCheckpointProcessRestore:1+=304")
+        answer(rules, "cuCheckpointProcessRestore:1+=304")
         self.refused(1, "resume", program.pid)
-        with open(rules, "w", encoding="utf-8") as f:
-            f.write("cuCheckpointProcessRestore:1=304")
+        answer(rules, "cuCheckpointProcessRestore:1=304")
         self.assertEqual(self.stop_daemon(), 0)
         log = harness.text_of(self.daemon_log)
         self.assertEqual(log.count("can only be killed"), 1, log)
