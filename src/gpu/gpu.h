@@ -124,6 +124,10 @@ struct bn_copy_extent; /* below */
 int bn_gpu_set_gather(struct bn_gpu_set *to, const struct bn_gpu_set *from,
                       const struct bn_copy_extent *extents, size_t n, struct bn_error *err);
 
+/* Move block `i` to the memory that `fd` (as for an import; the same size, on the same device) stands for: it is copied there, and what
+ * it had is let go of. Takes the descriptor over on success. No copy of the block may be under way. */
+int bn_gpu_set_swap(struct bn_gpu_set *set, size_t i, int fd, struct bn_error *err);
+
 /* ---- Pinned host memory -------------------------------------------------------------------------------- */
 
 /* Host memory in a memfd, registered once with the driver for every device, handed out and taken back in

@@ -302,6 +302,93 @@ int bn_gpu_set_gather(struct bn_gpu_set *to, const struct bn_gpu_set *from,
                               MIB(bytes));
 }
 
+/* Map `size` bytes of a handle, for our device, at `at`, a part of a reservation. The context is current. */
+static CUresult map_at(const struct bn_gpu_set *set, CUdeviceptr at, uint64_t size,
+                       CUmemGenericAllocationHandle handle)
+{
+    const struct bn_driver *cu = &set->gpu->cu;
+    CUmemAccessDesc access = {
+        .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = set->gpu->devices[set->dev].cu},
+        .flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+    };
+    CUresult c = cu->MemMap(at, size, 0, handle, 0);
+    if (c != CUDA_SUCCESS)
+        return c;
+    c = cu->MemSetAccess(at, size, &access, 1);
+    if (c != CUDA_SUCCESS)
+        cu->MemUnmap(at, size);
+    return c;
+}
+
+/* Copy block `b` to other memory of the same device. The context is current. */
+static CUresult copy_block(const struct bn_gpu_set *set, const struct block *b,
+                           CUmemGenericAllocationHandle to)
+{
+    const struct bn_driver *cu = &set->gpu->cu;
+    CUdeviceptr at;
+    CUstream stream;
+    CUresult c = cu->MemAddressReserve(&at, b->size, 0, 0, 0);
+    if (c != CUDA_SUCCESS)
+        return c;
+    c = map_at(set, at, b->size, to);
+    if (c == CUDA_SUCCESS) {
+        c = cu->StreamCreate(&stream, CU_STREAM_NON_BLOCKING);
+        if (c == CUDA_SUCCESS) {
+            c = cu->MemcpyDtoDAsync(at, set->base + b->offset, b->size, stream);
+            CUresult done = cu->StreamSynchronize(stream);
+            cu->StreamDestroy(stream);
+            c = c != CUDA_SUCCESS ? c : done;
+        }
+        cu->MemUnmap(at, b->size);
+    }
+    cu->MemAddressFree(at, b->size);
+    return c;
+}
+
+/* Put other memory in the place of block `b`. On error the old one is there, if the driver allows. The context is current. */
+static CUresult replace_block(struct bn_gpu_set *set, struct block *b, CUmemGenericAllocationHandle with)
+{
+    CUdeviceptr at = set->base + b->offset;
+    CUresult c = set->gpu->cu.MemUnmap(at, b->size);
+    if (c != CUDA_SUCCESS)
+        return c;
+    c = map_at(set, at, b->size, with);
+    if (c != CUDA_SUCCESS) {
+        map_at(set, at, b->size, b->handle);
+        return c;
+    }
+    set->gpu->cu.MemRelease(b->handle);
+    b->handle = with;
+    return CUDA_SUCCESS;
+}
+
+int bn_gpu_set_swap(struct bn_gpu_set *set, size_t i, int fd, struct bn_error *err)
+{
+    struct bn_gpu *gpu = set->gpu;
+    struct block *b = &set->blocks[i];
+    CUmemGenericAllocationHandle handle;
+    int r = bn_gpu_enter(gpu, set->dev, "swap", err);
+    if (r < 0)
+        return r;
+    CUresult c = gpu->cu.MemImport(&handle, (void *)(uintptr_t)fd, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+    if (c == CUDA_SUCCESS) {
+        c = copy_block(set, b, handle);
+        if (c == CUDA_SUCCESS)
+            c = replace_block(set, b, handle);
+        if (c != CUDA_SUCCESS)
+            gpu->cu.MemRelease(handle);
+    }
+    bn_gpu_leave(gpu);
+    if (c != CUDA_SUCCESS)
+        return bn_cuda_fail(err, c, "swap", "GPU %u: block %zu (%llu MiB) cannot be moved to other memory",
+                            set->dev, i, MIB(b->size));
+    pthread_mutex_lock(&set->lock);
+    bn_close(b->fd);
+    b->fd = fd;
+    pthread_mutex_unlock(&set->lock);
+    return 0;
+}
+
 int bn_gpu_set_fd(struct bn_gpu_set *set, size_t i, struct bn_error *err)
 {
     struct block *b = &set->blocks[i];

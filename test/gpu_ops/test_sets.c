@@ -259,6 +259,82 @@ static void gather_fails(void **state)
     bn_gpu_set_free(to);
 }
 
+/* Memory of `size` bytes that somebody else made: a descriptor of it, and the only one. */
+static int memory_of_another(uint64_t size)
+{
+    struct bn_error err = BN_ERROR_INIT;
+    struct bn_gpu_set *set = make_set(0, 1, &size, 1);
+    int fd = fcntl(bn_gpu_set_fd(set, 0, &err), F_DUPFD_CLOEXEC, 0);
+    assert_true(fd >= 0);
+    bn_gpu_set_free(set);
+    return fd;
+}
+
+static void swap(void **state)
+{
+    const uint64_t sizes[] = {2 * MIB, 6 * MIB, 4 * MIB};
+    struct bn_error err = BN_ERROR_INIT;
+    uint64_t before = gpu_free(0);
+    struct bn_gpu_set *set = make_set(0, 6, sizes, 3);
+    assert_int_equal(set_fill(copier, set, 8), 0);
+    uint64_t with = gpu_free(0);
+    for (size_t i = 0; i < 6; i++) {
+        int fd = memory_of_another(sizes[i % 3]), same = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+        assert_ok(bn_gpu_set_swap(set, i, fd, &err), &err);
+        assert_int_equal(bn_gpu_set_fd(set, i, &err), fd);
+        assert_int_equal(gpu_free(0), with); /* what it had is gone */
+
+        /* It is that memory, and not a copy. */
+        struct bn_gpu_set *other;
+        const struct bn_gpu_block block = {.size = sizes[i % 3], .fd = same};
+        assert_ok(bn_gpu_set_import(gpu, 0, &block, 1, &other, &err), &err);
+        assert_int_equal(gpu_free(0), with);
+        bn_gpu_set_free(other);
+    }
+    assert_int_equal(set_check(copier, set, 8), 0);
+    assert_int_equal(set_fill(copier, set, 9), 0);
+    assert_int_equal(set_check(copier, set, 9), 0);
+    bn_gpu_set_free(set);
+    assert_int_equal(gpu_free(0), before);
+}
+
+static void swap_fails(void **state)
+{
+    static const char *const rules[] = {"cuMemImportFromShareableHandle:1=999",
+                                        "cuMemAddressReserve:1=2",
+                                        "cuMemMap:1=2",
+                                        "cuMemSetAccess:1=999",
+                                        "cuStreamCreate:1=2",
+                                        "cuMemcpyDtoDAsync:1=999",
+                                        "cuMemUnmap:2=999",
+                                        "cuMemMap:2=2",
+                                        "cuMemSetAccess:2=999"};
+    const uint64_t size = 4 * MIB;
+    uint64_t before = gpu_free(0);
+    struct bn_gpu_set *set = make_set(0, 3, &size, 1);
+    assert_int_equal(set_fill(copier, set, 8), 0);
+    int fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+    struct bn_error err = BN_ERROR_INIT;
+    assert_true(bn_gpu_set_swap(set, 1, fd, &err) < 0);
+    close(fd);
+    uint64_t with = gpu_free(0);
+    fd = memory_of_another(size);
+    for (size_t i = 0; i < BN_ARRAY_SIZE(rules); i++) {
+        err = (struct bn_error)BN_ERROR_INIT;
+        inject(rules[i]);
+        int r = bn_gpu_set_swap(set, 1, fd, &err);
+        inject("");
+        assert_true(r < 0 && bn_error_is_set(&err));
+        assert_int_equal(set_check(copier, set, 8), 0);
+        assert_int_equal(gpu_free(0), with - size); /* the other memory is held by `fd` alone */
+    }
+    err = (struct bn_error)BN_ERROR_INIT;
+    assert_ok(bn_gpu_set_swap(set, 1, fd, &err), &err);
+    assert_int_equal(set_check(copier, set, 8), 0);
+    bn_gpu_set_free(set);
+    assert_int_equal(gpu_free(0), before);
+}
+
 static void second_process(void **state)
 {
     struct {
@@ -433,6 +509,7 @@ int main(void)
         cmocka_unit_test(set_of_1000),    cmocka_unit_test(foreign_descriptors),
         cmocka_unit_test(pool_limit),     cmocka_unit_test(gather),
         cmocka_unit_test(gather_refused), cmocka_unit_test(gather_fails),
+        cmocka_unit_test(swap),           cmocka_unit_test(swap_fails),
         cmocka_unit_test(second_process), cmocka_unit_test(pool_pieces),
         cmocka_unit_test(pool_threads),
     };
