@@ -37,6 +37,8 @@ int bn_evict_evict(struct bn_answer *a) BN_API_LOCAL;
 /* Takes over fds[n]; those not kept are closed. */
 int bn_evict_import(const struct bn_agent_segment *segs, unsigned n, const int *fds,
                     struct bn_answer *a) BN_API_LOCAL;
+int bn_evict_create(const struct bn_agent_segment *segs, unsigned n, struct bn_answer *a) BN_API_LOCAL;
+int bn_evict_map(const struct bn_agent_segment *segs, unsigned n, struct bn_answer *a) BN_API_LOCAL;
 /* Set error and text of an answer; returns -error. */
 int bn_answer_fail(struct bn_answer *a, int error, CUresult cuda, const char *fmt, ...) BN_API_LOCAL
     __attribute__((format(printf, 4, 5)));

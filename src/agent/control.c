@@ -45,7 +45,7 @@ static void note(uint32_t type, uint32_t before)
     uint32_t now = bn_agent_page()->state;
     if (type == BN_AGENT_CLOSE && before != BN_AGENT_CLOSED && now == BN_AGENT_CLOSED)
         untouched = true;
-    else if (now != BN_AGENT_CLOSED || type == BN_AGENT_IMPORT)
+    else if (now != BN_AGENT_CLOSED || type == BN_AGENT_IMPORT || type == BN_AGENT_MAP)
         untouched = false;
 }
 
@@ -61,6 +61,8 @@ static void dispatch(const struct bn_agent_msg *head, const struct bn_agent_segm
     case BN_AGENT_EVICT: bn_evict_evict(a); break;
     case BN_AGENT_PURGE: a->head.arg = bn_agent_page()->state == BN_AGENT_EVICTED ? bn_purge() : 0; break;
     case BN_AGENT_IMPORT: bn_evict_import(segs, head->count, fds, a); break;
+    case BN_AGENT_CREATE: bn_evict_create(segs, head->count, a); break;
+    case BN_AGENT_MAP: bn_evict_map(segs, head->count, a); break;
     default:
         bn_answer_fail(a, EOPNOTSUPP, 0, "this agent (%s) does not know request %u",
                        bn_agent_page()->agent_version, head->type);

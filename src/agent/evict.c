@@ -394,6 +394,36 @@ static void let_go(struct bn_seg *seg)
     bn_kept_close(&seg->kept);
 }
 
+/* The segment has its memory again. */
+static void settled(struct bn_seg *seg, const uint8_t uuid[16])
+{
+    seg->present = true;
+    bn_track_moved_locked(seg->dev, uuid);
+    bn_ipc_offer_again_locked(seg);
+    missing--;
+}
+
+static int not_mapped(unsigned long long id, CUresult r, struct bn_answer *a)
+{
+    return bn_answer_fail(a, r == CUDA_ERROR_OUT_OF_MEMORY ? ENOMEM : EIO, r,
+                          "segment %llu of its GPU memory cannot be mapped: %s", id, cuda_text(r));
+}
+
+static int unknown(const struct bn_seg *seg, unsigned long long id, struct bn_answer *a)
+{
+    return bn_answer_fail(a, EINVAL, 0, seg ? "segment %llu has another size" : "it has no segment %llu", id);
+}
+
+/* Give up memory that was created for it and never filled. */
+static void drop_unfilled(struct bn_seg *seg)
+{
+    if (!seg->unfilled)
+        return;
+    bn_release_locked(seg->real);
+    seg->real = 0;
+    seg->unfilled = false;
+}
+
 /* Takes over fd. */
 static int import_one(const struct bn_agent_segment *want, int fd, struct bn_answer *a)
 {
@@ -403,9 +433,9 @@ static int import_one(const struct bn_agent_segment *want, int fd, struct bn_ans
     CUresult r = CUDA_SUCCESS;
     if (!seg || seg->size != want->size) {
         close(fd);
-        return bn_answer_fail(a, EINVAL, 0, seg ? "segment %llu has another size" : "it has no segment %llu",
-                              id);
+        return unknown(seg, id, a);
     }
+    drop_unfilled(seg);
     if (seg->present || seg->real)
         close(fd);
     else
@@ -415,20 +445,16 @@ static int import_one(const struct bn_agent_segment *want, int fd, struct bn_ans
     if (error)
         return bn_answer_fail(a, error, 0,
                               "it can have no more open descriptors (ulimit -n) for segment %llu", id);
-    error = r == CUDA_ERROR_OUT_OF_MEMORY ? ENOMEM : EIO;
+    error = r == CUDA_ERROR_OUT_OF_MEMORY ? ENOMEM : r == CUDA_ERROR_NOT_INITIALIZED ? ENODEV : EIO;
     if (r != CUDA_SUCCESS)
         return bn_answer_fail(a, error, r, "segment %llu of its GPU memory cannot be imported: %s", id,
                               cuda_text(r));
     r = map_segment(seg);
     if (r != CUDA_SUCCESS) {
         let_go(seg);
-        return bn_answer_fail(a, r == CUDA_ERROR_OUT_OF_MEMORY ? ENOMEM : EIO, r,
-                              "segment %llu of its GPU memory cannot be mapped: %s", id, cuda_text(r));
+        return not_mapped(id, r, a);
     }
-    seg->present = true;
-    bn_track_moved_locked(seg->dev, want->uuid);
-    bn_ipc_offer_again_locked(seg);
-    missing--;
+    settled(seg, want->uuid);
     return 0;
 }
 
@@ -449,6 +475,106 @@ int bn_evict_import(const struct bn_agent_segment *segs, unsigned n, const int *
     }
     for (; i < n; i++)
         close(fds[i]);
+    if (r == 0 && missing == 0)
+        set_state(BN_AGENT_CLOSED);
+    return r;
+}
+
+/* ---- giving back where nothing can be imported ------------------------------------------------------ */
+
+/* As it was made; without what this device cannot do. */
+static CUresult create_again(struct bn_seg *seg)
+{
+    CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
+                                .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+                                .location = {CU_MEM_LOCATION_TYPE_DEVICE, seg->dev}};
+    prop.allocFlags.gpuDirectRDMACapable = !!(seg->flags & BN_SEGMENT_RDMA);
+    prop.allocFlags.compressionType = seg->flags & BN_SEGMENT_COMPRESSED ? CU_MEM_ALLOCATION_COMP_GENERIC : 0;
+    CUresult r = bn_real.cuMemCreate(&seg->real, seg->size, &prop, 0);
+    if (r != CUDA_SUCCESS && r != CUDA_ERROR_OUT_OF_MEMORY && seg->flags) {
+        memset(&prop.allocFlags, 0, sizeof(prop.allocFlags));
+        r = bn_real.cuMemCreate(&seg->real, seg->size, &prop, 0);
+    }
+    seg->unfilled = r == CUDA_SUCCESS;
+    if (!seg->unfilled)
+        seg->real = 0;
+    return r;
+}
+
+static int create_one(const struct bn_agent_segment *want, struct bn_answer *a)
+{
+    struct bn_seg *seg = find_ordered(want->id);
+    unsigned long long id = want->id;
+    if (!seg || seg->size != want->size)
+        return unknown(seg, id, a);
+    drop_unfilled(seg);
+    /* What is in place was filled by a controller that did not get further: it is filled once more. */
+    CUresult r = seg->real ? CUDA_SUCCESS : create_again(seg);
+    if (r != CUDA_SUCCESS)
+        return bn_answer_fail(a, r == CUDA_ERROR_OUT_OF_MEMORY ? ENOMEM : EIO, r,
+                              "segment %llu of its GPU memory cannot be created: %s", id, cuda_text(r));
+    r = export_one(seg, &a->fds[a->nfds]);
+    if (r != CUDA_SUCCESS) {
+        drop_unfilled(seg);
+        return bn_answer_fail(a, EIO, r, "segment %llu of its GPU memory cannot be exported: %s", id,
+                              cuda_text(r));
+    }
+    describe(seg, &a->segs[a->nfds++]);
+    return 0;
+}
+
+int bn_evict_create(const struct bn_agent_segment *segs, unsigned n, struct bn_answer *a)
+{
+    if (state != BN_AGENT_EVICTED)
+        return bn_answer_fail(a, EINVAL, 0, "its GPU memory is not evicted");
+    BN_LOCKED();
+    bn_ctx_borrow();
+    bn_fd_limit_lift();
+    int r = 0;
+    for (unsigned i = 0; i < n && r == 0; i++)
+        r = create_one(&segs[i], a);
+    while (r < 0 && a->nfds > 0) {
+        close(a->fds[--a->nfds]);
+        drop_unfilled(find_ordered(a->segs[a->nfds].id));
+    }
+    bn_fd_limit_restore();
+    bn_ctx_unborrow();
+    a->head.count = a->nfds;
+    return r;
+}
+
+static int map_unfilled(const struct bn_agent_segment *want, struct bn_answer *a)
+{
+    struct bn_seg *seg = find_ordered(want->id);
+    unsigned long long id = want->id;
+    if (!seg || seg->size != want->size)
+        return unknown(seg, id, a);
+    if (seg->present)
+        return 0;
+    if (!seg->real)
+        return bn_answer_fail(a, EINVAL, 0, "no memory was created for segment %llu", id);
+    CUresult r = map_segment(seg);
+    if (r != CUDA_SUCCESS) {
+        seg->unfilled =
+            unmap_segment(seg) == CUDA_SUCCESS; /* else its handle is kept, as import_one has it */
+        drop_unfilled(seg);
+        return not_mapped(id, r, a);
+    }
+    seg->unfilled = false;
+    settled(seg, want->uuid);
+    return 0;
+}
+
+int bn_evict_map(const struct bn_agent_segment *segs, unsigned n, struct bn_answer *a)
+{
+    if (state != BN_AGENT_EVICTED && !(state == BN_AGENT_CLOSED && missing == 0))
+        return bn_answer_fail(a, EINVAL, 0, "its GPU memory is not evicted");
+    BN_LOCKED();
+    bn_ctx_borrow();
+    int r = 0;
+    for (unsigned i = 0; i < n && r == 0; i++)
+        r = map_unfilled(&segs[i], a);
+    bn_ctx_unborrow();
     if (r == 0 && missing == 0)
         set_state(BN_AGENT_CLOSED);
     return r;

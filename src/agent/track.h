@@ -52,6 +52,7 @@ struct bn_seg {
     uint64_t size;
     CUmemGenericAllocationHandle real;
     bool present;             /* `real` is valid */
+    bool unfilled;            /* `real` is memory that was created in its place and is not its content yet */
     uint32_t flags;           /* BN_SEGMENT_... */
     uint32_t refs;            /* the application's references to the handle */
     uint32_t array_maps;      /* bound to sparse arrays, which nobody can put back */
@@ -147,7 +148,7 @@ static inline void bn_track_unlock(int *unused)
 
 /* Ask the driver about every device; after cuInit. */
 void bn_track_devices(void) BN_API_LOCAL;
-/* A restore can bring the program to another GPU, of which the driver tells it nothing: `dev` is this one from now on. */
+/* A restore can bring the program to another GPU, which the driver does not announce: `dev` is this one from now on. */
 void bn_track_moved_locked(CUdevice dev, const uint8_t uuid[16]) BN_API_LOCAL;
 /* Forget everything, without a call to the driver: in a forked child. */
 void bn_track_drop(void) BN_API_LOCAL;

@@ -394,6 +394,19 @@ int bn_agent_list(struct bn_agent *a, struct bn_agent_segment **segs, size_t *n,
     return 0;
 }
 
+/* A descriptor for each of the first of `segs`, at least one and n at most; closes them where that is not so. */
+static int check_exported(struct bn_agent *a, const struct message *m, const struct bn_agent_segment *segs,
+                          size_t n, struct bn_error *err)
+{
+    bool same = m->head.count > 0 && m->head.count == m->nfds && m->head.count <= n;
+    for (uint32_t i = 0; same && i < m->head.count; i++)
+        same = memcmp(&m->segs[i].id, &segs[i].id, sizeof(uint64_t)) == 0;
+    if (same)
+        return 0;
+    bn_close_all(m->fds, m->nfds);
+    return bn_error_set(err, EBADMSG, "agent", "process %d: exported segments do not match the list", a->pid);
+}
+
 int bn_agent_export(struct bn_agent *a, const struct bn_agent_segment *segs, size_t n, int *fds,
                     struct bn_error *err)
 {
@@ -401,16 +414,8 @@ int bn_agent_export(struct bn_agent *a, const struct bn_agent_segment *segs, siz
     while (have < n) {
         struct message m;
         int r = call(a, BN_AGENT_EXPORT, have, NULL, 0, NULL, ANSWER_MS, &m, err);
-        if (r == 0) {
-            bool same = m.head.count > 0 && m.head.count == m.nfds && m.head.count <= n - have;
-            for (uint32_t i = 0; same && i < m.head.count; i++)
-                same = memcmp(&m.segs[i].id, &segs[have + i].id, sizeof(uint64_t)) == 0;
-            if (!same) {
-                bn_close_all(m.fds, m.nfds);
-                r = bn_error_set(err, EBADMSG, "agent", "process %d: exported segments do not match the list",
-                                 a->pid);
-            }
-        }
+        if (r == 0)
+            r = check_exported(a, &m, segs + have, n - have, err);
         if (r < 0) {
             bn_close_all(fds, have);
             return r;
@@ -434,4 +439,30 @@ int bn_agent_import(struct bn_agent *a, const struct bn_agent_segment *segs, con
         at += batch;
     }
     return 0;
+}
+
+int bn_agent_create(struct bn_agent *a, const struct bn_agent_segment *segs, size_t n, int *fds,
+                    struct bn_error *err)
+{
+    struct message m;
+    int r = call(a, BN_AGENT_CREATE, 0, segs, n, NULL, ANSWER_MS, &m, err);
+    if (r == 0)
+        r = check_exported(a, &m, segs, n, err);
+    if (r == 0 && m.nfds != n) {
+        bn_close_all(m.fds, m.nfds);
+        r = bn_error_set(err, EBADMSG, "agent",
+                         "process %d: memory is missing of what it was asked to create", a->pid);
+    }
+    if (r == 0)
+        memcpy(fds, m.fds, n * sizeof(int));
+    return r;
+}
+
+int bn_agent_map(struct bn_agent *a, const struct bn_agent_segment *segs, size_t n, struct bn_error *err)
+{
+    struct message m;
+    int r = call(a, BN_AGENT_MAP, 0, segs, n, NULL, ANSWER_MS, &m, err);
+    if (r == 0)
+        bn_close_all(m.fds, m.nfds);
+    return r;
 }

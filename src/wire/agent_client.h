@@ -61,6 +61,12 @@ int bn_agent_list(struct bn_agent *a, struct bn_agent_segment **segs, size_t *n,
 /* A descriptor for each of the n segments of the list just taken, into fds[n]; the caller closes them. On error none. */
 int bn_agent_export(struct bn_agent *a, const struct bn_agent_segment *segs, size_t n, int *fds,
                     struct bn_error *err);
-/* Give segments back; the descriptors stay the caller's. */
+/* Give segments back; the descriptors stay the caller's. -ENODEV: the process cannot take memory of this GPU. */
 int bn_agent_import(struct bn_agent *a, const struct bn_agent_segment *segs, const int *fds, size_t n,
                     struct bn_error *err);
+/* For such a process: have it create memory for n <= BN_AGENT_BATCH segments. A descriptor for each into fds[n]; the caller closes
+ * them. -ENOMEM: the GPU has not enough; on error none. */
+int bn_agent_create(struct bn_agent *a, const struct bn_agent_segment *segs, size_t n, int *fds,
+                    struct bn_error *err);
+/* That memory holds what it should: it becomes the segments'. */
+int bn_agent_map(struct bn_agent *a, const struct bn_agent_segment *segs, size_t n, struct bn_error *err);

@@ -149,11 +149,21 @@ enum bn_agent_msg_type {
         5, /* arg = index of the first segment; reply: count records, one descriptor each. Only CLOSED. */
     BN_AGENT_EVICT = 6, /* Unmap and release every segment, close the kept descriptors. CLOSED -> EVICTED. */
     BN_AGENT_IMPORT =
-        7, /* count records (id, size) with one descriptor each: import, map at every old address with the
-                            old access. EVICTED; after the last one the state is CLOSED. Idempotent per segment. */
+        7, /* count records (id, size, uuid) with one descriptor each: import, map at every old address with the
+                            old access. EVICTED; after the last one the state is CLOSED. Idempotent per segment. ENODEV: the
+                            process cannot import memory of this GPU, as the driver did not show it that one at cuInit: a
+                            restore has brought it here. It can create its own: CREATE. */
     BN_AGENT_PURGE =
         8, /* Give the zero pages back that the driver's checkpoint has left; reply: arg = bytes. EVICTED, and
                             every thread of the process but the agent's is stopped: nothing else may write meanwhile. */
+    BN_AGENT_CREATE =
+        9, /* count records (id, size): new memory for each; reply: count records, one descriptor each. For processes that
+                            cannot import (IMPORT fails with ENODEV): nothing is mapped before MAP. EVICTED. What was created
+                            for a segment before, and not mapped, is given up; of one that is in place the descriptor is its
+                            own. ENOMEM: nothing of this request is left. */
+    BN_AGENT_MAP =
+        10, /* count records (id, size, uuid): what CREATE made for them holds what it should: map it at every
+                            old address with the old access. As IMPORT otherwise. */
 };
 
 struct bn_agent_msg {

@@ -63,7 +63,7 @@ static CUresult fake_create(CUmemGenericAllocationHandle *h, size_t size, const 
                             unsigned long long flags)
 {
     *h = next_handle++;
-    return CUDA_SUCCESS;
+    return verdict();
 }
 static CUresult fake_release(CUmemGenericAllocationHandle h)
 {
@@ -163,9 +163,8 @@ static bool handle(const void *packet, size_t len, unsigned nfds)
     bool answered = bn_control_handle(packet, len, fds, nfds, &answer);
     if (!answered)
         return false;
-    if (answer.nfds != (answer.head.error                     ? answer.nfds
-                        : answer.head.type == BN_AGENT_EXPORT ? answer.head.count
-                                                              : 0))
+    bool gives = answer.head.type == BN_AGENT_EXPORT || answer.head.type == BN_AGENT_CREATE;
+    if (!answer.head.error && answer.nfds != (gives ? answer.head.count : 0))
         abort();
     for (unsigned i = 0; i < answer.nfds; i++)
         if (close(answer.fds[i]) < 0)
@@ -228,7 +227,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             memcpy(&head, packet, sizeof(head));
             head.magic = BN_AGENT_MAGIC;
             head.reply = 0;
-            head.type %= 9;
+            head.type %= 11;
             head.count %= BN_AGENT_BATCH + 2;
             memcpy(packet, &head, sizeof(head));
             if (help & 2)
