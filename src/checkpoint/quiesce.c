@@ -167,10 +167,30 @@ static int up_give_back(struct bn_quiesce *q, struct bn_error *err)
     return each_up(q, give_back, err);
 }
 
+static int moved(void *arg, struct bn_target *t, struct bn_error *err)
+{
+    struct bn_quiesce *q = arg;
+    bn_kill_point(q->env, "move-in", "one");
+    return bn_record_again(q, t, BN_STAGE_GIVING, err);
+}
+
+static int move_in(struct bn_quiesce *q, struct bn_target *t, struct bn_error *err)
+{
+    return bn_target_move_in(t, moved, q, err);
+}
+
 static int up_copy(struct bn_quiesce *q, struct bn_error *err)
 {
     int r = q->copy_end ? q->copy_end(q, err) : 0;
     q->copy_failed = r < 0;
+    bool barred = false;
+    for (size_t i = 0; i < q->targets.n; i++)
+        barred |= q->targets.v[i].barred;
+    if (r < 0 || !barred)
+        return r;
+    int phase = bn_report_begin(q->report, "move-in");
+    r = each_up(q, move_in, err);
+    bn_report_end(q->report, phase, 0);
     return r;
 }
 

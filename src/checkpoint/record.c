@@ -198,6 +198,14 @@ int bn_records_put(struct bn_quiesce *q, enum bn_stage stage, struct bn_error *e
     return r;
 }
 
+int bn_record_again(struct bn_quiesce *q, struct bn_target *t, enum bn_stage stage, struct bn_error *err)
+{
+    struct note note = {0};
+    int r = t->record ? put_target(q, t, stage, &note, err) : 0;
+    bn_writer_free(&note.bytes);
+    return r;
+}
+
 void bn_records_drop(struct bn_quiesce *q, bool all)
 {
     for (size_t i = 0; i < q->targets.n; i++) {

@@ -49,6 +49,8 @@ enum bn_stage {
 /* Record every living target of q. Does nothing without a guard. Records of a tree that is at rest on the disk are copied to its folder,
  * for the time when nobody is left: see below. */
 int bn_records_put(struct bn_quiesce *q, enum bn_stage stage, struct bn_error *err);
+/* Once more for one that has a record, as its GPU memory is other memory now: until then the record keeps the old alive. */
+int bn_record_again(struct bn_quiesce *q, struct bn_target *t, enum bn_stage stage, struct bn_error *err);
 /* Drop the records of targets that have everything back or are gone; with `all`, of every one. */
 void bn_records_drop(struct bn_quiesce *q, bool all);
 

@@ -4,6 +4,7 @@
 #include "base/cleanup.h"
 #include "base/io.h"
 #include "base/parallel.h"
+#include "wire/packet.h"
 
 #include <poll.h>
 #include <stdlib.h>
@@ -11,6 +12,8 @@
 
 #define GATE_TRY_MS 2000u
 #define GATE_PAUSE_MS 20u
+/* What a barred process has twice for a moment, unless a single segment is larger. */
+#define MOVE_BYTES (UINT64_C(256) << 20)
 
 /* ---- gates ---- */
 
@@ -225,12 +228,86 @@ int bn_target_give_back(struct bn_target *t, struct bn_error *err)
             fds[part->first + i] = fd;
         }
     }
-    int r = bn_agent_attach(t->agent, err);
+    struct bn_error why = BN_ERROR_INIT;
+    int r = bn_agent_attach(t->agent, &why);
     if (r == 0)
-        r = bn_agent_import(t->agent, t->segs, fds, t->nsegs, err);
+        r = bn_agent_import(t->agent, t->segs, fds, t->nsegs, &why);
+    t->barred = r == -ENODEV;
+    if (t->barred)
+        return 0;
     if (r == 0)
         t->evicted = false;
+    else if (err)
+        *err = why;
     return r;
+}
+
+/* A few of a part's segments, from its `at`th on. */
+static int move_some(struct bn_target *t, const struct bn_target_part *part, size_t at, size_t n,
+                     struct bn_error *err)
+{
+    const struct bn_agent_segment *segs = t->segs + part->first + at;
+    int fds[BN_AGENT_BATCH], r = bn_agent_create(t->agent, segs, n, fds, err);
+    if (r == -ENOMEM) {
+        uint64_t bytes = 0;
+        for (size_t i = 0; i < n; i++)
+            bytes += segs[i].size;
+        bn_error_replace(
+            err, r, "move-in",
+            "process %d was brought to another GPU, where its memory has to be copied once more: %llu MiB "
+            "more must be free on that GPU for a moment. Stop or suspend something on it",
+            t->pid, (unsigned long long)bytes >> 20);
+    }
+    if (r < 0)
+        return r;
+    size_t done = 0;
+    while (r == 0 && done < n) {
+        r = bn_gpu_set_swap(part->set, at + done, fds[done], err);
+        done += r == 0;
+    }
+    bn_close_all(fds + done, n - done);
+    return r;
+}
+
+/* How many from the `at`th on go together. */
+static size_t together(const struct bn_target *t, const struct bn_target_part *part, size_t at)
+{
+    uint64_t bytes = 0;
+    size_t n = 0;
+    for (; n < BN_AGENT_BATCH && at + n < part->n; n++) {
+        bytes += t->segs[part->first + at + n].size;
+        if (n > 0 && bytes > MOVE_BYTES)
+            break;
+    }
+    return n;
+}
+
+int bn_target_move_in(struct bn_target *t, bn_target_fn moved, void *arg, struct bn_error *err)
+{
+    for (size_t p = 0; t->barred && p < t->nparts; p++) {
+        const struct bn_target_part *part = &t->parts[p];
+        for (size_t at = 0, n = 0; at < part->n; at += n) {
+            struct bn_error why = BN_ERROR_INIT;
+            n = together(t, part, at);
+            int r = move_some(t, part, at, n, &why);
+            while (r == -ENOMEM && n > 1) { /* one may still fit */
+                n /= 2;
+                why = (struct bn_error)BN_ERROR_INIT;
+                r = move_some(t, part, at, n, &why);
+            }
+            if (r == 0)
+                r = moved(arg, t, &why);
+            if (r == 0)
+                r = bn_agent_map(t->agent, t->segs + part->first + at, n, &why);
+            if (r < 0 && err)
+                *err = why;
+            if (r < 0)
+                return r;
+        }
+    }
+    if (t->barred)
+        t->barred = t->evicted = false;
+    return 0;
 }
 
 /* ---- the driver's half ---- */

@@ -55,7 +55,8 @@ struct bn_target {
 
     bool gated, evicted, locked, checkpointed; /* what has been done to it */
     bool lost;                                 /* the driver could not restore it */
-    uint64_t record;                           /* key of the keeper's record, or 0 */
+    bool barred;     /* it cannot take memory from us, as it does not know its GPU: bn_target_move_in */
+    uint64_t record; /* key of the keeper's record, or 0 */
 };
 
 struct bn_targets {
@@ -115,8 +116,13 @@ int bn_target_restore(struct bn_target *t, struct bn_gpu *gpu, const struct bn_c
 int bn_target_unlock(struct bn_target *t, struct bn_gpu *gpu, struct bn_error *err);
 /* Anew, empty, where one is missing of a target that lives and is evicted. On failure some may have been created. */
 int bn_targets_create_sets(struct bn_targets *targets, struct bn_gpu *gpu, struct bn_error *err);
-int bn_target_give_back(struct bn_target *t, struct bn_error *err); /* needs the sets */
-void bn_target_release(struct bn_target *t);                        /* free the sets */
+int bn_target_give_back(struct bn_target *t, struct bn_error *err); /* needs the sets; may find it barred */
+/* A barred one's memory, when nothing is copied into the sets any more: it is copied into memory that the process creates, some segments
+ * at a time, which the sets then have in place of their own. `moved` is called when they have, each time: what else holds the old memory
+ * lets go of it there. -ENOMEM: too little free GPU memory for that. */
+typedef int (*bn_target_fn)(void *arg, struct bn_target *t, struct bn_error *err);
+int bn_target_move_in(struct bn_target *t, bn_target_fn moved, void *arg, struct bn_error *err);
+void bn_target_release(struct bn_target *t);     /* free the sets */
 void bn_target_drop_saved(struct bn_target *t);  /* free the bytes in host memory and on disk */
 void bn_target_keep_folder(struct bn_target *t); /* what is on disk outlives the target */
 int bn_target_open_gate(struct bn_target *t, struct bn_error *err);

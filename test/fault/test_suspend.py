@@ -25,10 +25,16 @@ TIER_RESUME = ["copy-in:begin", "copy-in:one", "driver-restore:one", "give-back:
                "forget:begin"]
 
 
-class Suspend(FaultTest):
+# Memory that the processes create themselves takes the place of what they are given.
+BARRED = ["give-back:end", "copy-end:begin", "move-in:one", "copy-end:one", "copy-end:end", "release:begin", "open-gate:one"]
+
+
+class Suspended(FaultTest):
+    program = {}  # of its environment
+
     def setUp(self):
         super().setUp()
-        self.app = Application(self.dir, self.env)
+        self.app = Application(self.dir, {**self.env, **self.program})
 
     def stop(self):
         self.daemon.stop()
@@ -38,6 +44,8 @@ class Suspend(FaultTest):
         self.wait_state("suspended")
         self.assertIsNone(self.app.trouble())
 
+
+class Suspend(Suspended):
     def test_suspend(self):
         for point in SUSPEND:
             with self.subTest(point):
@@ -231,6 +239,36 @@ class Suspend(FaultTest):
         self.cycle()
         self.stop()
         shutil.rmtree(folder)
+
+
+class Barred(Suspended):
+    """Programs that a restore has brought to another GPU cannot take memory there from anybody."""
+    program = {"BENNU_SIM_FAIL": "cuMemImportFromShareableHandle:1+=3"}
+
+    def test_suspend(self):
+        for point in ("evict:end", "driver-checkpoint:end", "suspended:begin"):
+            with self.subTest(point):
+                self.daemon = Daemon(self, point)
+                self.assertNotEqual(self.bennu("suspend", self.app.pid).returncode, 0)
+                self.daemon.wait_killed()
+                self.wait_state("running", "no agent")
+                self.app.go_on()
+                self.stop()
+
+    def test_resume(self):
+        for tier in ("host", "gpu", "disk"):
+            for point in BARRED:
+                with self.subTest(tier=tier, point=point):
+                    self.daemon = Daemon(self, point)
+                    self.succeeds("suspend", "--to", tier, self.app.pid)
+                    self.assertNotEqual(self.bennu("resume", self.app.pid).returncode, 0)
+                    self.daemon.wait_killed()
+                    self.wait_state("running", "no agent")
+                    self.app.go_on()
+                    self.stop()
+        self.daemon = Daemon(self)
+        self.cycle()
+        self.stop()
 
 
 if __name__ == "__main__":
