@@ -57,7 +57,7 @@ SIM_FN(cuDeviceGetUuid, 0, (CUuuid * uuid, CUdevice dev), (uuid, dev))
         return CUDA_ERROR_INVALID_VALUE;
     if (!ordinal_valid(dev))
         return CUDA_ERROR_INVALID_DEVICE;
-    device_uuid(sim.shown[dev], uuid);
+    device_uuid(sim.physical[dev], uuid);
     return CUDA_SUCCESS;
 }
 SIM_ALIAS(cuDeviceGetUuid_v2, cuDeviceGetUuid);

@@ -192,6 +192,14 @@ SIM_FN(cuMemExportToShareableHandle, 0,
     return CUDA_SUCCESS;
 }
 
+static bool shown_at_init(int physical)
+{
+    for (int i = 0; i < sim.devices; i++)
+        if (sim.shown[i] == physical)
+            return true;
+    return false;
+}
+
 SIM_FN(cuMemImportFromShareableHandle, 0,
        (CUmemGenericAllocationHandle * out, void *os_handle, CUmemAllocationHandleType type),
        (out, os_handle, type))
@@ -206,6 +214,10 @@ SIM_FN(cuMemImportFromShareableHandle, 0,
     physical = capacity_device_of(fd);
     if (physical < 0 || fstat(fd, &st) < 0 || st.st_size <= 0 || st.st_size % (off_t)SIM_GRANULARITY)
         return CUDA_ERROR_INVALID_VALUE;
+    /* A process that a restore has brought to a device that it was not shown at cuInit can never import memory of it, its own
+     * included; it can create and export some. (As measured with driver 580 on two H200.) */
+    if (!shown_at_init(physical))
+        return CUDA_ERROR_NOT_INITIALIZED;
     ordinal = phys_ordinal(physical);
     if (ordinal < 0)
         return CUDA_ERROR_INVALID_DEVICE;

@@ -112,11 +112,16 @@ class Places(Gpus):
             self.ok("resume", program.pid)
             program.go_on()
 
-    def test_on_another_gpu(self):
-        """The program knows of one GPU, which becomes another; from then on that is where its memory is."""
+    def start_daemon_that_knows(self):
+        """It knows of all GPUs that there are, also when it is shown only some."""
         self.env["BENNU_SIM_PROC"] = self.path("gpus")
         write_simulated_gpus(self.path("gpus"), self.machine, self.gpus)
-        self.restart_daemon()
+        self.start_daemon()
+
+    def test_on_another_gpu(self):
+        """The program knows of one GPU, which becomes another; from then on that is where its memory is. It cannot take memory there from
+        anybody, and has to create it."""
+        self.start_daemon_that_knows()
         idle = self.used()
         program = self.memcheck(env={"CUDA_VISIBLE_DEVICES": "0"})
         self.dump(program)
@@ -131,14 +136,54 @@ class Places(Gpus):
             self.assertEqual(first, idle[0])
             self.assertGreater(second, idle[1] + 3)
         is_there()
-        for tier in ("gpu", "host"):
+        for tier in ("gpu", "host", "disk"):
             self.ok("suspend", "--to", tier, program.pid)
             self.assertEqual(self.used()[0], idle[0])
             self.ok("resume", program.pid)
             is_there()
+        self.dump(program, "--live", "--leave-running", name="left")
+        is_there()
+        program.kill()
+        program.will_go_back()
+        self.restore(program, self.path("left"))
+        is_there()
         self.dump(program, name="again")
         self.restore(program, self.path("again"))
         is_there()
+
+    def fill(self, leave):
+        """A program that has all of GPU 1, the only one that the daemon sees, but `leave` MiB, by and large."""
+        def blocks(n):
+            other = self.start(harness.MEMCHECK, f"--allocs={n}", "--min=4M", "--max=4M", "--keep", agent=False, env={"CUDA_VISIBLE_DEVICES": "1"})
+            return other, 256 - self.used()[0] * 1e6 / MIB
+        other, free = blocks(20)
+        other.kill()
+        other, free = blocks(round(20 + (free - leave) / 4))
+        self.assertAlmostEqual(free, leave, delta=6)
+        return other
+
+    def test_on_another_gpu_with_little_room(self):
+        """What it has to create must be free beside what the daemon holds: a segment at a time."""
+        self.start_daemon_that_knows()
+        idle = self.used()[0]
+        program = self.start(harness.MEMCHECK, "--allocs=3", "--min=24M", "--max=24M", "--keep", env={"CUDA_VISIBLE_DEVICES": "0"})
+        size = int((self.used()[0] - idle) * 1e6 / MIB)
+        self.dump(program)
+        self.restart_daemon(1)
+        other = self.fill(size + 10)
+        self.refused(1, "restore", self.path("ck"), "--detach", says=("another GPU", "24 MiB more must be free"))
+        self.nothing_left(program, other.pid)
+        other.kill()
+        other = self.fill(size + 36)
+        self.restore(program)
+        program.go_on()
+        self.ok("suspend", "--to", "host", program.pid)
+        other.kill()
+        other = self.fill(size + 10)
+        self.refused(1, "resume", program.pid, says=("another GPU", "24 MiB more must be free"))
+        other.kill()
+        self.ok("resume", program.pid)
+        program.go_on()
 
     def test_another_gpu_of_a_machine_that_is_not_known(self):
         """The driver wants to hear of every GPU, and a daemon that is shown one does not know the others."""
