@@ -64,6 +64,14 @@ static int set_new(struct bn_gpu *gpu, unsigned dev, const struct bn_gpu_block *
     return 0;
 }
 
+static CUmemAccessDesc access_of(const struct bn_gpu_set *set)
+{
+    return (CUmemAccessDesc){
+        .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = set->gpu->devices[set->dev].cu},
+        .flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+    };
+}
+
 /* Map every handle and open the range to the device. The context is current. */
 static int set_map(struct bn_gpu_set *set, const char *stage, struct bn_error *err)
 {
@@ -81,10 +89,7 @@ static int set_map(struct bn_gpu_set *set, const char *stage, struct bn_error *e
             return bn_cuda_fail(err, r, stage, "GPU %u: block %zu (%llu MiB) of %zu cannot be mapped",
                                 set->dev, set->mapped, MIB(b->size), set->count);
     }
-    CUmemAccessDesc access = {
-        .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = set->gpu->devices[set->dev].cu},
-        .flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
-    };
+    CUmemAccessDesc access = access_of(set);
     r = cu->MemSetAccess(set->base, set->bytes, &access, 1);
     if (r != CUDA_SUCCESS)
         return bn_cuda_fail(err, r, stage, "GPU %u: %llu MiB in %zu blocks cannot be made accessible",
@@ -307,10 +312,7 @@ static CUresult map_at(const struct bn_gpu_set *set, CUdeviceptr at, uint64_t si
                        CUmemGenericAllocationHandle handle)
 {
     const struct bn_driver *cu = &set->gpu->cu;
-    CUmemAccessDesc access = {
-        .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = set->gpu->devices[set->dev].cu},
-        .flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
-    };
+    CUmemAccessDesc access = access_of(set);
     CUresult c = cu->MemMap(at, size, 0, handle, 0);
     if (c != CUDA_SUCCESS)
         return c;
