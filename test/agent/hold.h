@@ -15,6 +15,17 @@
 
 #include <unistd.h>
 
+/* The controller's own driver, with a context; ends the test where there is none. */
+static inline void sim_start(struct cu *sim)
+{
+    static CUcontext context;
+    cu_load(sim, need_env("BENNU_DRIVER"), RTLD_NOW | RTLD_LOCAL);
+    if (sim->cuInit(0) == CUDA_SUCCESS && sim->cuCtxCreate_v2(&context, 0, 0) == CUDA_SUCCESS)
+        return;
+    fprintf(stderr, "the simulated driver does not start\n");
+    exit(1);
+}
+
 /* What a controller holds of a program. */
 struct held {
     struct bn_agent_segment *segs;

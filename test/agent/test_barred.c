@@ -9,7 +9,6 @@
 #define CANNOT "cuMemImportFromShareableHandle:1+=3"
 
 static struct cu sim; /* the controller's own driver */
-static CUcontext sim_context;
 static char rules[] = "/tmp/bennu-agent-test-XXXXXX";
 
 struct barred {
@@ -205,11 +204,7 @@ int main(void)
 {
     own_machine("agent-barred");
     signal(SIGPIPE, SIG_IGN);
-    cu_load(&sim, need_env("BENNU_DRIVER"), RTLD_NOW | RTLD_LOCAL);
-    if (sim.cuInit(0) != CUDA_SUCCESS || sim.cuCtxCreate_v2(&sim_context, 0, 0) != CUDA_SUCCESS) {
-        fprintf(stderr, "the simulated driver does not start\n");
-        return 1;
-    }
+    sim_start(&sim);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rounds),
         cmocka_unit_test(test_given_up),

@@ -13,7 +13,6 @@
 #include <sys/stat.h>
 
 static struct cu sim; /* the controller's own driver */
-static CUcontext sim_context;
 
 static struct bn_agent *attach(const struct child *c)
 {
@@ -750,11 +749,7 @@ int main(void)
 {
     own_machine("agent-evict");
     signal(SIGPIPE, SIG_IGN);
-    cu_load(&sim, need_env("BENNU_DRIVER"), RTLD_NOW | RTLD_LOCAL);
-    if (sim.cuInit(0) != CUDA_SUCCESS || sim.cuCtxCreate_v2(&sim_context, 0, 0) != CUDA_SUCCESS) {
-        fprintf(stderr, "the simulated driver does not start\n");
-        return 1;
-    }
+    sim_start(&sim);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rounds),
         cmocka_unit_test(test_page),

@@ -44,17 +44,20 @@ class Suspended(FaultTest):
         self.wait_state("suspended")
         self.assertIsNone(self.app.trouble())
 
+    def undoes_suspend(self, point):
+        with self.subTest(point):
+            self.daemon = Daemon(self, point)
+            self.assertNotEqual(self.bennu("suspend", self.app.pid).returncode, 0)
+            self.daemon.wait_killed()
+            self.wait_state("running", "no agent")
+            self.app.go_on()
+            self.stop()
+
 
 class Suspend(Suspended):
     def test_suspend(self):
         for point in SUSPEND:
-            with self.subTest(point):
-                self.daemon = Daemon(self, point)
-                self.assertNotEqual(self.bennu("suspend", self.app.pid).returncode, 0)
-                self.daemon.wait_killed()
-                self.wait_state("running", "no agent")
-                self.app.go_on()
-                self.stop()
+            self.undoes_suspend(point)
         for point in SUSPENDED:
             with self.subTest(point):
                 self.daemon = Daemon(self, point)
@@ -247,13 +250,7 @@ class Barred(Suspended):
 
     def test_suspend(self):
         for point in ("evict:end", "driver-checkpoint:end", "suspended:begin"):
-            with self.subTest(point):
-                self.daemon = Daemon(self, point)
-                self.assertNotEqual(self.bennu("suspend", self.app.pid).returncode, 0)
-                self.daemon.wait_killed()
-                self.wait_state("running", "no agent")
-                self.app.go_on()
-                self.stop()
+            self.undoes_suspend(point)
 
     def test_resume(self):
         for tier in ("host", "gpu", "disk"):
