@@ -31,7 +31,7 @@ def sizes_for(simulated, quick):
              "multi": 32 * n * MIB}
     else:
         s = {"big": 64 * GIB, "block": GIB, "mid": 16 * GIB, "small": 2 * MIB, "load": 40 * GIB, "disk": 12 * GIB, "disk_test": 6 * GIB,
-             "torch_gb": 7, "copy": 2 * GIB, "rest_s": 5, "rounds": 5, "slow": 1 if quick else 2, "loop_rounds": (5, 31) if quick else (11, 101),
+             "torch_gb": 7, "copy": 2 * GIB, "rest_s": 10, "rounds": 5, "slow": 1 if quick else 2, "loop_rounds": (5, 31) if quick else (11, 101),
              "loop_s": 2 if quick else 9, "loop_pairs": {"c-": 3, "": 2}, "scale": 1,
              "hash": 64 * GIB, "hash_chunks": 4096, "rewrite": 20 * GIB, "period": 250, "hot": 4 * GIB, "window": 3, "pause": 3, "torch_live": 36,
              "multi": 32 * GIB}
@@ -114,9 +114,17 @@ class Steps(libsteps_live.LiveSteps, libsteps_multi.MultiSteps):
         idle = t.gpu_memory_used()
         context = t.hold(0, s["block"], agent=False)
         gpu = t.gpu_memory_of([context.pid], idle)
-        context.kill()
         if gpu is not None:
             self.add("rest.context", "GPU memory of a process with a context and nothing else", gpu, "bytes")
+        before, began = cpu_of_threads(context.pid), time.monotonic()
+        time.sleep(s["rest_s"])
+        cpu, text = cpu_since(before, context.pid, began)
+        self.add("rest.context_cpu", "CPU time of a process with a context and nothing else", cpu, "%", note=text)
+        context.kill()
+        t.start_daemon("--no-gpu-hash")
+        gpu = t.gpu_memory_of(family(t.daemon.pid), idle)
+        if gpu is not None:
+            self.add("rest.gpu_nohash", "daemon with --no-gpu-hash, fresh: GPU memory", gpu, "bytes", note="nvidia-smi")
         t.start_daemon("--trim-after", "2")
         fresh = pinned_bytes(t.daemon.pid)
         self.add("rest.pinned_fresh", "daemon at rest, fresh: pinned host memory", fresh, "bytes")
@@ -131,10 +139,10 @@ class Steps(libsteps_live.LiveSteps, libsteps_multi.MultiSteps):
         while pinned_bytes(t.daemon.pid) > fresh + 2 * MIB and time.monotonic() < began + 30:
             time.sleep(0.05)
         self.add("rest.trim", "daemon: until its pinned host memory was given back, with --trim-after 2", time.monotonic() - began)
-        before, began = cpu_ns(t.daemon.pid), time.monotonic()
+        before, began = cpu_of_threads(t.daemon.pid), time.monotonic()
         time.sleep(s["rest_s"])
-        cpu = (cpu_ns(t.daemon.pid) - before) / 1e9 / (time.monotonic() - began) * 100
-        self.add("rest.cpu", "daemon at rest: CPU time of all threads", cpu, "%", note=f"over {s['rest_s']} s, after a suspend and resume")
+        cpu, text = cpu_since(before, t.daemon.pid, began)
+        self.add("rest.cpu", "daemon at rest: CPU time of all threads", cpu, "%", note=f"after a suspend and resume; {text}")
         self.add("rest.pinned_used", f"daemon at rest, after a suspend of {s['mid_text']} and --trim-after: pinned host memory", pinned_bytes(t.daemon.pid),
                  "bytes", note="no configuration asks it to keep any")
         gpu = t.gpu_memory_of(family(t.daemon.pid), idle)
@@ -501,14 +509,25 @@ def family(pid):
     return found
 
 
-def cpu_ns(pid):
-    """CPU time of a process and all below it, in ns: that of the threads there are now, or the kernel's sum in ticks where threads have ended."""
-    total = 0
-    for p in family(pid):
-        ticks = pathlib.Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()
-        threads = sum(int((t / "schedstat").read_text().split()[0]) for t in pathlib.Path(f"/proc/{p}/task").iterdir())
-        total += max(threads, (int(ticks[11]) + int(ticks[12])) * 1_000_000_000 // os.sysconf("SC_CLK_TCK"))
-    return total
+def cpu_of_threads(pid):
+    """{thread: its CPU time, ns}, of a process and all below it."""
+    found = {}
+    for t in (t for p in family(pid) for t in pathlib.Path(f"/proc/{p}/task").iterdir()):
+        try:
+            found[int(t.name), (t / "comm").read_text().strip()] = int((t / "schedstat").read_text().split()[0])
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # it has just ended
+    return found
+
+
+def cpu_since(before, pid, began):
+    """(CPU time in % of the time since, what to say about it). A thread that has ended takes its own with it: that is said."""
+    now, seconds = cpu_of_threads(pid), time.monotonic() - began
+    spent = {thread: ns - before.get(thread, 0) for thread, ns in now.items()}
+    most = [f"{name} {ns / 1e3:.0f} us" for (_, name), ns in sorted(spent.items(), key=lambda x: -x[1])[:3] if ns > 0]
+    ended = len(set(before) - set(now))
+    text = f"over {seconds:.0f} s, {len(now)} threads; {', '.join(most) if most else 'none ran'}"
+    return sum(spent.values()) / 1e9 / seconds * 100, text + (f"; {ended} threads ended" if ended else "")
 
 
 def pinned_bytes(pid):

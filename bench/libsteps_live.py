@@ -5,6 +5,7 @@ import pathlib
 import re
 import shutil
 import socket
+import statistics
 import sys
 import time
 
@@ -17,8 +18,8 @@ def steps_of(program):
     return [float(at) for at in re.findall(r"^step \d+ ([\d.]+)$", program.log.read_text(errors="replace"), re.M)]
 
 
-def step_time(program, began, ended):
-    """The mean time of its steps from the last that ended before `began` to the first that ended after `ended`."""
+def steps_in(program, began, ended):
+    """The times of its steps from the last that ended before `began` to the first that ended after `ended`."""
     end = time.monotonic() + 120
     while not (ends := steps_of(program)) or ends[-1] < ended:
         if program.poll() is not None or time.monotonic() > end:
@@ -26,15 +27,42 @@ def step_time(program, began, ended):
         time.sleep(0.01)
     first = max((i for i, at in enumerate(ends) if at <= began), default=0)
     last = next(i for i, at in enumerate(ends) if at >= ended)
-    return (ends[last] - ends[first]) / max(last - first, 1)
+    return [b - a for a, b in zip(ends[first:last], ends[first + 1:last + 1])]
 
 
 def longest_gap(program, began, ended):
     """The longest time between two ends of its steps around what happened from `began` to `ended`."""
-    step_time(program, began, ended)
+    steps_in(program, began, ended)
     ends = steps_of(program)
     around = [(a, b) for a, b in zip(ends, ends[1:]) if b >= began and a <= ended]
     return max(b - a for a, b in around)
+
+
+def varint(data, at):
+    """(value, where the next begins)"""
+    value = shift = 0
+    while True:
+        value |= (data[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if not data[at - 1] & 128:
+            return value, at
+
+
+def criu_stats(folder):
+    """What CRIU says that a dump took: its file stats-dump (CRIU's images/stats.proto)."""
+    names = {1: "freezing_time", 2: "frozen_time", 3: "memdump_time", 4: "memwrite_time", 5: "pages_scanned", 7: "pages_written"}
+    data = (pathlib.Path(folder) / "stats-dump").read_bytes()[12:]  # two magic numbers and a length
+    tag, at = varint(data, 0)
+    if tag != 1 << 3 | 2:
+        raise Failed(f"{folder}/stats-dump is not what CRIU 4 writes")
+    length, at = varint(data, at)
+    end, found = at + length, {}
+    while at < end:
+        tag, at = varint(data, at)
+        value, at = varint(data, at)
+        if tag >> 3 in names:
+            found[names[tag >> 3]] = value / 1e6 if names[tag >> 3].endswith("time") else value
+    return found
 
 
 def own_bytes(folder):
@@ -146,23 +174,31 @@ class LiveSteps:
         self.add("rewrite.gates", f"{what}, --leave-running: gates closed until they are open again", gates)
         self.add("rewrite.pause", f"{what}, --leave-running: longest step of the program", whole)
 
-    def slowed(self, key, text, program):
-        """Its steps while bennu pre-dump copies, beside those before."""
+    def slowed(self, key, text, program, rounds):
+        """Its steps while bennu pre-dump copies, beside those right before and right after: a drift takes itself out."""
         t, s = self.t, self.s
-        without, with_, rates = [], [], []
-        for _ in range(min(s["rounds"], 3)):
+
+        def undisturbed():
             began = time.monotonic()
             time.sleep(s["window"])
-            without.append(step_time(program, began, time.monotonic()))
+            return steps_in(program, began, time.monotonic())
+        without, with_, rates = [undisturbed()], [], []
+        for _ in range(rounds):
             began = time.monotonic()
             a = t.timed(["pre-dump", "--json", program.pid], 200)
             ended = time.monotonic()
-            with_.append(step_time(program, began, ended))
+            with_.append(steps_in(program, began, ended))
             rates.append(a.data["sent_bytes"] / 1e9 / (ended - began))
             t.timed(["pre-dump", "--json", "--drop", program.pid], 60)
+            without.append(undisturbed())
         program.check()
-        self.add(f"copying.{key}.without", f"{text}: a step, nothing else happening", without)
-        self.add(f"copying.{key}.with", f"{text}: a step, while bennu pre-dump copies", with_)
+        self.add(f"copying.{key}.without", f"{text}: a step, nothing else happening", [statistics.mean(w) for w in without])
+        self.add(f"copying.{key}.with", f"{text}: a step, while bennu pre-dump copies", [statistics.mean(w) for w in with_])
+        for what, of, note in (("mean", statistics.mean, "means of all steps; before and after it"),
+                               ("median", statistics.median, "medians of all steps; before and after it")):
+            self.add(f"copying.{key}.{what}", f"{text}: slower while bennu pre-dump copies, by the {what} step",
+                     [(of(w) / statistics.mean((of(before), of(after))) - 1) * 100 for w, before, after in zip(with_, without, without[1:])], "%",
+                     note=note)
         self.add(f"copying.{key}.rate", f"{text}: bytes that pre-dump copies meanwhile / its time", rates, "GB/s", "higher",
                  note="into a tmpfs")
 
@@ -174,22 +210,29 @@ class LiveSteps:
         program = t.start("memory-loop", [t.bin / "bench/bench-step", "--kernels", ROOT / "sim/kernels.ptx", "--cold", s["load"] - s["hot"],
                                           "--hot", s["hot"]])
         program.wait_for(r"^step 3 ", "its third step", 120)
-        self.slowed("memory", f"memory-bound loop of {s['hot_text']}, {s['load_text']} on the GPU", program)
+        self.slowed("memory", f"memory-bound loop of {s['hot_text']}, {s['load_text']} on the GPU", program, min(s["rounds"], 3))
         program.kill()
         self.need_torch()
         for key, argv, what in (("torch", ["--gb", s["torch_live"]], f"PyTorch decoding, {s['torch_live'] + 4} GB on the GPU"),
                                 ("empty", ["--shape", "tiny"], "PyTorch decoding with a tiny model")):
             program = t.start(f"decode-{key}", [sys.executable, PROGRAMS / "decode.py", *argv])
             program.wait_for(r"^step 30 ", "its 30th token", 200)
-            gaps = []
+            gaps, costs = [], {}
             for _ in range(s["rounds"]):
-                folder, began = self.live_folder(), time.monotonic()
+                folder = self.live_folder()
+                maps = pathlib.Path(f"/proc/{program.pid}/maps").read_text().count("\n")
+                began = time.monotonic()
                 t.timed(["dump", "--json", "--live", "--leave-running", program.pid, folder], 200)
                 gaps.append(longest_gap(program, began, time.monotonic()))
+                for name, value in {**criu_stats(folder), "mappings": maps}.items():
+                    costs.setdefault(name, []).append(value)
                 shutil.rmtree(folder)
             self.add(f"pause.{key}", f"dump --live --leave-running, {what}: longest token", gaps, note="into a tmpfs")
+            for name, values in costs.items():
+                self.add(f"pause.{key}.{name}", f"dump --live --leave-running, {what}: {name.replace('_', ' ')}", values,
+                         "s" if name.endswith("time") else "", note="CRIU's" if name != "mappings" else "")
             if key == "torch":
-                self.slowed("decode", what, program)
+                self.slowed("decode", what, program, s["rounds"])
             program.kill()
 
     def replicas(self):

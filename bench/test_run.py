@@ -14,6 +14,7 @@ import xml.etree.ElementTree
 sys.dont_write_bytecode = True
 import librows  # noqa: E402
 import libsteps  # noqa: E402
+import libsteps_live  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
 SIZES = libsteps.sizes_for(True, True)
@@ -44,6 +45,14 @@ class Rows(unittest.TestCase):
         self.assertAlmostEqual(self.value(rows, "under the agent, 10,000 small launches (driver API)"), 2)
         self.assertEqual(runs["under the agent, 10,000 small launches (driver API): slower by"]["note"], "how")
         self.assertEqual(runs["loop_c-launches_ratio"]["quartiles"], [1.0, 1.04])
+
+    def test_what_criu_says_of_a_dump(self):
+        entry = bytes([0x08, 5, 0x10, 0xC0, 0x84, 0x3D, 0x18, 7, 0x20, 9, 0x28, 0x80, 0x02, 0x30, 1, 0x38, 0x96, 0x01, 0x40, 3])
+        with tempfile.TemporaryDirectory() as folder:
+            with open(f"{folder}/stats-dump", "wb") as f:
+                f.write(bytes(12) + bytes([0x0A, len(entry)]) + entry)
+            self.assertEqual(libsteps_live.criu_stats(folder), {"freezing_time": 5e-6, "frozen_time": 1.0, "memdump_time": 7e-6, "memwrite_time": 9e-6,
+                                                                "pages_scanned": 256, "pages_written": 150})
 
     def test_where_a_median_lies(self):
         self.assertEqual(libsteps.median_range([3, 1, 2]), (1, 3))
