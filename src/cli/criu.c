@@ -224,6 +224,9 @@ static const struct {
     {"connected TCP socket", "it has an open TCP connection, which CRIU cannot keep here"},
     {"iptables", "CRIU could not lock the network: install iptables or nftables"},
     {"File exists", "a process of it has a pid that is in use already"},
+    {"Address already in use",
+     "a port of it is in use: by another program, or by connections of its own that the kernel "
+     "keeps for a minute after it was killed (TIME_WAIT): try again then"},
 };
 
 /* Lines that only say that something failed earlier. */

@@ -220,15 +220,16 @@ static void describe_failure(struct restore *r, int result, const struct bn_erro
                              struct bn_error *err)
 {
     char cause[240];
-    if (bn_error_is_set(session)) {
+    /* All that the daemon knows is that CRIU failed: then CRIU's log knows more. */
+    bool criu_only = session->code == ECANCELED && strcmp(session->stage, "criu") == 0;
+    cli_criu_log_cause(r->work, LOG_FILE, cause, sizeof(cause));
+    if (bn_error_is_set(session) && !(criu_only && *cause)) {
         bn_error_set(err, session->code, session->stage, "%s", session->text);
+    } else if (*cause) {
+        bn_error_set(err, EIO, "criu", "CRIU cannot restore %s: %s", r->path, cause);
     } else {
-        cli_criu_log_cause(r->work, LOG_FILE, cause, sizeof(cause));
-        if (*cause)
-            bn_error_set(err, EIO, "criu", "CRIU cannot restore %s: %s", r->path, cause);
-        else
-            bn_error_set(err, EIO, "criu", "CRIU (%s) failed and did not say why (error %d)", r->criu.path,
-                         result);
+        bn_error_set(err, EIO, "criu", "CRIU (%s) failed and did not say why (error %d)", r->criu.path,
+                     result);
     }
     size_t used = strlen(err->text);
     if (faccessat(r->work, LOG_FILE, F_OK, 0) == 0)

@@ -9,6 +9,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 
 import harness
 from harness import Case, IMAGE, MANIFEST, MEMCHECK, ODD
@@ -413,6 +414,33 @@ class Images(Refusal):
         other.kill()
         self.restore(program)
         program.go_on()
+
+    def test_port_is_taken(self):
+        """Connections of a killed program outlive it for a minute, and have their ports."""
+        connected = """if True:
+            import os, socket, sys
+            listener = socket.create_server(("127.0.0.1", 0))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+            client = socket.create_connection(listener.getsockname())
+            server = listener.accept()[0]
+            for s in (listener, client, server):
+                s.set_inheritable(True)
+            print("port", listener.getsockname()[1], flush=True)
+            os.execv(sys.argv[1], sys.argv[1:])"""
+        with open(self.path("criu.conf"), "w", encoding="utf-8") as f:
+            f.write("network-lock skip\n")
+        self.env["CRIU_CONFIG_FILE"] = self.path("criu.conf")
+        program = self.start(sys.executable, "-c", connected, harness.MEMCHECK, "--allocs=2", "--max=1M")
+        port = f":{int(re.search('port ([0-9]+)', harness.text_of(program.out))[1]):04X}"
+        self.dump(program, "--live", "--leave-running")
+        program.kill()
+
+        def waits():  # "0: 0100007F:8A2B 0100007F:C0DE 06 …"
+            sockets = [line.split() for line in harness.text_of("/proc/net/tcp").splitlines()[1:]]
+            return any(s[3] == "06" and port in (s[1][-5:], s[2][-5:]) for s in sockets)
+        harness.wait_for(waits, "its connection is in TIME_WAIT")
+        self.refused(1, "restore", self.path("ck"), "--detach", says=("a port of it is in use", "TIME_WAIT"))
+        self.nothing_left(program, *self.ours())
 
     def test_pid_is_taken(self):
         program = self.memcheck()
