@@ -221,7 +221,7 @@ static void describe_failure(struct restore *r, int result, const struct bn_erro
 {
     char cause[240];
     /* All that the daemon knows is that CRIU failed: then CRIU's log knows more. */
-    bool criu_only = session->code == ECANCELED && strcmp(session->stage, "criu") == 0;
+    bool criu_only = session && session->code == ECANCELED && strcmp(session->stage, "criu") == 0;
     cli_criu_log_cause(r->work, LOG_FILE, cause, sizeof(cause));
     if (bn_error_is_set(session) && !(criu_only && *cause)) {
         bn_error_set(err, session->code, session->stage, "%s", session->text);

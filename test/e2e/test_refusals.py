@@ -415,6 +415,13 @@ class Images(Refusal):
         self.restore(program)
         program.go_on()
 
+    def test_criu_fails_at_once(self):
+        """Before it has called the plugin: the daemon has nothing to say."""
+        image = self.dump(self.memcheck())
+        with open(os.path.join(image, "inventory.img"), "r+b") as f:
+            f.truncate(6)
+        self.refused(1, "restore", image, "--detach", says="CRIU")
+
     def test_port_is_taken(self):
         """Connections of a killed program outlive it for a minute, and have their ports."""
         connected = """if True:
