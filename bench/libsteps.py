@@ -52,7 +52,7 @@ class Steps(libsteps_live.LiveSteps, libsteps_multi.MultiSteps):
         return [("link", self.link, 120, 20), ("gate", self.gate, 90, 20), ("hash", self.hash, 120, 15),
                 ("rest", self.rest, 90, 30), ("suspend", self.suspend, 180, 55), ("driver", self.driver, 200, 80), ("blocks", self.blocks, 150, 50), ("gpu-tier", self.gpu_tier, 150, 30),
                 ("overhead", self.overhead, 240, 100), ("pytorch", self.pytorch, 300, 120), ("load", self.load, 200, 60),
-                ("live", self.live, 240, 120), ("rewrite", self.rewrite, 150, 35), ("copying", self.copying, 280, 120),
+                ("live", self.live, 240, 120), ("rewrite", self.rewrite, 150, 35), ("copying", self.copying, 280, 215), ("disturb", self.disturb, 300, 190),
                 ("disk", self.disk, 240, 80), ("llm", self.llm, 300, 120), ("replicas", self.replicas, 200, 50), ("multi", self.multi, 180, 60)]
 
     def memory_needed(self, step):
@@ -60,8 +60,8 @@ class Steps(libsteps_live.LiveSteps, libsteps_multi.MultiSteps):
         big = self.s["big"] + self.s["big"] // 16
         extra = (1 if self.t.simulated else 8) * GIB // (8 if self.t.simulated else 1)
         return {"suspend": big, "driver": big, "blocks": self.s["mid"], "load": self.s["load"] + extra, "live": self.s["load"] + extra,
-                "copying": self.s["load"] + 2 * extra, "rewrite": self.s["rewrite"] + extra, "replicas": 3 * extra, "rest": self.s["mid"],
-                "pytorch": 3 * extra, "llm": 3 * extra, "disk": self.s["disk"] + extra,
+                "copying": self.s["load"] + 2 * extra, "disturb": 3 * self.s["mid"], "rewrite": self.s["rewrite"] + extra,
+                "replicas": 3 * extra, "rest": self.s["mid"], "pytorch": 3 * extra, "llm": 3 * extra, "disk": self.s["disk"] + extra,
                 "multi": 2 * self.s["multi"] + self.s["multi"] // 8}.get(step, 0)
 
     def add(self, key, name, values, unit="s", better="lower", note=""):

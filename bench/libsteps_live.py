@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Steps of bench/run: hashes, and checkpoints of programs that run on meanwhile."""
 
+import concurrent.futures
 import pathlib
 import re
 import shutil
 import socket
 import statistics
 import sys
+import tempfile
 import time
 
 import libhttp
@@ -174,33 +176,94 @@ class LiveSteps:
         self.add("rewrite.gates", f"{what}, --leave-running: gates closed until they are open again", gates)
         self.add("rewrite.pause", f"{what}, --leave-running: longest step of the program", whole)
 
-    def slowed(self, key, text, program, rounds):
-        """Its steps while bennu pre-dump copies, beside those right before and right after: a drift takes itself out."""
-        t, s = self.t, self.s
+    def beside(self, key, text, program, rounds, work, clear=lambda: None):
+        """Its steps while work() does something, beside those right before and right after: a drift takes itself out. clear() is no part of
+        either. What work() returned."""
+        s = self.s
 
         def undisturbed():
             began = time.monotonic()
             time.sleep(s["window"])
             return steps_in(program, began, time.monotonic())
-        without, with_, rates = [undisturbed()], [], []
+        without, with_, answers = [undisturbed()], [], []
         for _ in range(rounds):
             began = time.monotonic()
-            a = t.timed(["pre-dump", "--json", program.pid], 200)
-            ended = time.monotonic()
-            with_.append(steps_in(program, began, ended))
-            rates.append(a.data["sent_bytes"] / 1e9 / (ended - began))
-            t.timed(["pre-dump", "--json", "--drop", program.pid], 60)
+            answers.append(work())
+            with_.append(steps_in(program, began, time.monotonic()))
+            clear()
             without.append(undisturbed())
-        program.check()
-        self.add(f"copying.{key}.without", f"{text}: a step, nothing else happening", [statistics.mean(w) for w in without])
-        self.add(f"copying.{key}.with", f"{text}: a step, while bennu pre-dump copies", [statistics.mean(w) for w in with_])
-        for what, of, note in (("mean", statistics.mean, "means of all steps; before and after it"),
-                               ("median", statistics.median, "medians of all steps; before and after it")):
-            self.add(f"copying.{key}.{what}", f"{text}: slower while bennu pre-dump copies, by the {what} step",
+        self.add(f"{key}.without", f"{text}: a step, before and after", [statistics.mean(w) for w in without])
+        self.add(f"{key}.with", f"{text}: a step", [statistics.mean(w) for w in with_])
+        for what, of in (("mean", statistics.mean), ("median", statistics.median)):
+            self.add(f"{key}.{what}", f"{text}: slower by the {what} step",
                      [(of(w) / statistics.mean((of(before), of(after))) - 1) * 100 for w, before, after in zip(with_, without, without[1:])], "%",
-                     note=note)
+                     note=f"{what}s of all steps; before and after it")
+        return answers
+
+    def pre_dumping(self, program, *options):
+        """For beside(): what copies (bytes / time, GB/s), and what drops that again."""
+        def copy():
+            began = time.monotonic()
+            a = self.t.timed(["pre-dump", "--json", *options, program.pid], 200)
+            return a.data["sent_bytes"] / 1e9 / (time.monotonic() - began)
+        return copy, lambda: self.t.timed(["pre-dump", "--json", "--drop", program.pid], 60)
+
+    def slowed(self, key, text, program, rounds):
+        """Its steps while bennu pre-dump copies."""
+        rates = self.beside(f"copying.{key}", f"{text}, while bennu pre-dump copies", program, rounds, *self.pre_dumping(program))
+        program.check()
         self.add(f"copying.{key}.rate", f"{text}: bytes that pre-dump copies meanwhile / its time", rates, "GB/s", "higher",
                  note="into a tmpfs")
+
+    def written(self, threads):
+        """That many threads write into a tmpfs for a window; bytes / time, GB/s."""
+        data, end, written = bytearray(16 * MIB), time.monotonic() + self.s["window"], [0] * threads
+        room = self.s["mid"] // threads
+
+        def write(i):
+            with tempfile.TemporaryFile(dir=self.t.tmpfs(), buffering=0) as f:
+                while time.monotonic() < end:
+                    written[i] += f.write(data)
+                    if f.tell() >= room:
+                        f.seek(0)
+                        f.truncate()
+        began = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            list(pool.map(write, range(threads)))
+        return sum(written) / 1e9 / (time.monotonic() - began)
+
+    def moved(self, other):
+        """Another program's memory goes to the host and back for a window, without a CPU that copies; bytes / time, GB/s."""
+        began, bytes_ = time.monotonic(), 0
+        while time.monotonic() < began + self.s["window"]:
+            for a in (self.t.suspend(other, "--keep-context"), self.t.resume(other)):
+                bytes_ += a.copy()[1]
+        return bytes_ / 1e9 / (time.monotonic() - began)
+
+    def disturb(self):
+        """What makes a program slower that decodes, or is bound by the GPU's memory: copying as it is, copying slowly, the CPU's part of it alone,
+        the link's part of it alone."""
+        t, s = self.t, self.s
+        self.need_live()
+        t.start_daemon("--spool", t.tmpfs() / "spool")
+        other = t.hold(s["mid"], s["block"])
+        t.suspend(other)  # pins the pool's memory
+        t.resume(other)
+        programs = [("memory", "memory-bound loop", [t.bin / "bench/bench-step", "--kernels", ROOT / "sim/kernels.ptx", "--cold", s["mid"] - s["hot"],
+                                                    "--hot", s["hot"]])]
+        if not t.simulated:
+            self.need_torch()
+            programs.append(("decode", "PyTorch decoding", [sys.executable, PROGRAMS / "decode.py", "--gb", s["torch_gb"]]))
+        for key, text, argv in programs:
+            program = t.start(f"disturbed-{key}", argv)
+            program.wait_for(r"^step 30 ", "its 30th step", 200)
+            for what, doing, work in (("copied", "while bennu pre-dump copies", self.pre_dumping(program)),
+                                      ("slowly", "while bennu pre-dump copies 2 GB/s at most", self.pre_dumping(program, "--bandwidth", "2G")),
+                                      ("written", "while 4 threads write into a tmpfs", [lambda: self.written(4)]),
+                                      ("link", "while another's memory goes to the host and back", [lambda: self.moved(other)])):
+                rates = self.beside(f"disturb.{key}.{what}", f"{text}, {doing}", program, min(s["rounds"], 3), *work)
+                self.add(f"disturb.{key}.{what}.rate", f"{text}, {doing}: bytes / time", rates, "GB/s", "higher")
+            program.kill()
 
     def copying(self):
         """What a program loses while its memory is copied, and how long a live dump stops PyTorch."""

@@ -119,7 +119,7 @@ class Run(unittest.TestCase):
             self.assertIsNone(values["dump to disk: rate / the disk's O_DIRECT rate"])
             self.assertEqual(doc["runs"]["suspend 64 MiB, host tier: whole command"]["n"], 2)
 
-            text = self.run_bench(*common, "--only", "suspend,rest,hash,blocks,overhead,load,live,rewrite,copying,disk,multi")
+            text = self.run_bench(*common, "--only", "suspend,rest,hash,blocks,overhead,load,live,rewrite,copying,disturb,disk,multi")
             self.assertIn("measured already since this machine booted (--again measures again): suspend", text)
             doc, more = self.read(f"{folder}/out")
             for name, value in values.items():
