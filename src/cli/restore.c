@@ -1,5 +1,6 @@
 /* bennu restore: bring a checkpoint back to life. */
 #include "cli/cli.h"
+#include "cli/ports.h"
 
 #include "base/cleanup.h"
 #include "base/io.h"
@@ -319,6 +320,7 @@ static pid_t bring_back(struct restore *r, int *sock, struct bn_error *err)
     if (!detach)
         sigprocmask(SIG_BLOCK, &held, NULL);
     cli_ignore_signals(true);
+    cli_free_ports(r->dir);
     struct cli_progress *progress = cli_progress_new("restore");
     int watched = 0, pid = -EIO;
     if (*sock < 0 || cli_watch_start(BN_TAKE_FD(*sock), 0, r->dir, progress, &watch, err) == 0)

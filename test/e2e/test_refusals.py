@@ -423,7 +423,7 @@ class Images(Refusal):
         self.refused(1, "restore", image, "--detach", says="CRIU")
 
     def test_port_is_taken(self):
-        """Connections of a killed program outlive it for a minute, and have their ports."""
+        """Connections of a killed program outlive it for a minute, and have its ports: they make way. Another program does not."""
         connected = """if True:
             import os, socket, sys
             listener = socket.create_server(("127.0.0.1", 0))
@@ -437,17 +437,32 @@ class Images(Refusal):
         with open(self.path("criu.conf"), "w", encoding="utf-8") as f:
             f.write("network-lock skip\n")
         self.env["CRIU_CONFIG_FILE"] = self.path("criu.conf")
-        program = self.start(sys.executable, "-c", connected, harness.MEMCHECK, "--allocs=2", "--max=1M")
-        port = f":{int(re.search('port ([0-9]+)', harness.text_of(program.out))[1]):04X}"
+        program = self.start(sys.executable, "-c", connected, MEMCHECK, "--allocs=2", "--max=1M")
+        port = int(re.search("port ([0-9]+)", harness.text_of(program.out))[1])
         self.dump(program, "--live", "--leave-running")
-        program.kill()
 
-        def waits():  # "0: 0100007F:8A2B 0100007F:C0DE 06 …"
+        def connections(of, state):  # "0: 0100007F:8A2B 0100007F:C0DE 06 …"
             sockets = [line.split() for line in harness.text_of("/proc/net/tcp").splitlines()[1:]]
-            return any(s[3] == "06" and port in (s[1][-5:], s[2][-5:]) for s in sockets)
-        harness.wait_for(waits, "its connection is in TIME_WAIT")
-        self.refused(1, "restore", self.path("ck"), "--detach", says=("a port of it is in use", "TIME_WAIT"))
-        self.nothing_left(program, *self.ours())
+            return [s for s in sockets if s[3] == state and f":{of:04X}" in (s[1][-5:], s[2][-5:])]
+        program.kill()
+        harness.wait_for(lambda: connections(port, "06"), "its connection is in TIME_WAIT")
+        with socket.create_server(("127.0.0.1", 0)) as unrelated:
+            with socket.create_connection(unrelated.getsockname()) as client, unrelated.accept()[0]:
+                apart = client.getsockname()[1]
+        harness.wait_for(lambda: connections(apart, "06"), "another one is, too")
+        program.will_go_back()
+        self.restore(program)
+        program.go_on()
+        self.assertEqual(len(connections(port, "01")), 2)
+        self.assertFalse(connections(port, "06"))
+        self.assertTrue(connections(apart, "06"))
+
+        self.dump(program, name="again")  # CRIU ends connections without a trace
+        with socket.create_server(("127.0.0.1", port)):
+            self.refused(1, "restore", self.path("again"), "--detach", says=("a port of it is in use", "TIME_WAIT"))
+        self.nothing_left(program)
+        self.restore(program, self.path("again"))
+        program.go_on()
 
     def test_pid_is_taken(self):
         program = self.memcheck()
