@@ -3,6 +3,7 @@
 
 #include "base/cleanup.h"
 #include "base/io.h"
+#include "image/protobuf.h"
 #include "wire/trace.h"
 
 #include <fcntl.h>
@@ -84,14 +85,11 @@ static const struct stats_field {
 
 static void read_fields(uint32_t kind, struct bn_reader *r, json_t *out)
 {
-    while (bn_reader_left(r) > 0) {
-        uint64_t key = bn_read_varint(r), value = bn_read_varint(r);
-        if (r->failed || (key & 7) != 0)
-            return;
+    struct bn_pb_field f;
+    while (bn_reader_left(r) > 0 && bn_pb_next(r, &f))
         for (size_t i = 0; i < BN_ARRAY_SIZE(stats_fields); i++)
-            if (stats_fields[i].kind == kind && stats_fields[i].field == key >> 3)
-                json_object_set_new(out, stats_fields[i].name, json_integer((json_int_t)value));
-    }
+            if (stats_fields[i].kind == kind && stats_fields[i].field == f.number && !f.has_body)
+                json_object_set_new(out, stats_fields[i].name, json_integer((json_int_t)f.value));
 }
 
 /* Two magic numbers, the size, and a message that holds one of two: criu's images/stats.proto. */
@@ -105,14 +103,9 @@ static json_t *read_stats(int dir, const char *file)
     struct bn_reader r = bn_reader_init(bytes, len);
     bn_read_u64(&r);
     bn_read_u32(&r);
-    while (bn_reader_left(&r) > 0) {
-        uint64_t key = bn_read_varint(&r), inner = bn_read_varint(&r);
-        const void *at = (key & 7) == 2 ? bn_read_bytes(&r, inner) : NULL;
-        if (!at)
-            break;
-        struct bn_reader fields = bn_reader_init(at, inner);
-        read_fields((uint32_t)(key >> 3), &fields, out);
-    }
+    struct bn_pb_field f;
+    while (bn_reader_left(&r) > 0 && bn_pb_next(&r, &f))
+        read_fields((uint32_t)f.number, &f.body, out);
     return out;
 }
 

@@ -1,6 +1,6 @@
 #include "image/pagemap.h"
 
-#include "base/cursor.h"
+#include "image/protobuf.h"
 
 #include <errno.h>
 #include <stdbool.h>
@@ -24,12 +24,12 @@ static bool read_message(struct bn_reader *r, uint64_t fields[FIELDS], unsigned 
     struct bn_reader body = bn_reader_init(bytes, len);
     *seen = 0;
     while (bn_reader_left(&body) > 0) {
-        uint64_t key = bn_read_varint(&body), value = bn_read_varint(&body);
-        if (body.failed || (key & 7) != 0) /* wire type 0 is all that a pagemap has */
+        struct bn_pb_field f;
+        if (!bn_pb_next(&body, &f) || f.has_body)
             return false;
-        if (key >> 3 < FIELDS) {
-            fields[key >> 3] = value;
-            *seen |= 1u << (key >> 3);
+        if (f.number < FIELDS) {
+            fields[f.number] = f.value;
+            *seen |= 1u << f.number;
         }
     }
     return true;

@@ -1,6 +1,6 @@
 #include "image/sockets.h"
 
-#include "base/cursor.h"
+#include "image/protobuf.h"
 
 #include <errno.h>
 #include <netinet/in.h>
@@ -14,35 +14,6 @@
 
 enum { FILE_INET_SOCKET = 4 };
 enum { SK_FAMILY = 3, SK_TYPE = 4, SK_PROTO = 5, SK_SRC_PORT = 7, SK_SRC_ADDR = 11 };
-
-/* A field of a protobuf message. */
-struct field {
-    uint64_t number, value; /* value: of a number */
-    struct bn_reader body;  /* of what has a length: its bytes */
-    bool has_body;
-};
-
-static bool next_field(struct bn_reader *r, struct field *f)
-{
-    uint64_t key = bn_read_varint(r);
-    *f = (struct field){.number = key >> 3, .body = bn_reader_init("", 0)};
-    switch (key & 7) {
-    case 0: f->value = bn_read_varint(r); break;
-    case 1: f->value = bn_read_u64(r); break;
-    case 5: f->value = bn_read_u32(r); break;
-    case 2: {
-        uint64_t len = bn_read_varint(r);
-        const void *bytes = len <= bn_reader_left(r) ? bn_read_bytes(r, len) : NULL;
-        if (!bytes)
-            return false;
-        f->body = bn_reader_init(bytes, len);
-        f->has_body = true;
-        break;
-    }
-    default: return false;
-    }
-    return !r->failed;
-}
 
 struct socket {
     uint64_t family, type, proto, port;
@@ -60,9 +31,9 @@ static bool add_word(struct socket *sk, uint64_t word)
 
 static bool read_socket(struct bn_reader *r, struct socket *sk)
 {
-    struct field f;
+    struct bn_pb_field f;
     while (bn_reader_left(r) > 0) {
-        if (!next_field(r, &f))
+        if (!bn_pb_next(r, &f))
             return false;
         switch (f.number) {
         case SK_FAMILY: sk->family = f.value; break;
@@ -118,11 +89,11 @@ static int read_file(struct bn_reader *r, struct bn_tcp_names *names)
     if (!bytes)
         return -EBADMSG;
     struct bn_reader body = bn_reader_init(bytes, len);
-    struct field f;
+    struct bn_pb_field f;
     while (bn_reader_left(&body) > 0) {
         struct socket sk = {0};
         struct bn_tcp_name name;
-        if (!next_field(&body, &f))
+        if (!bn_pb_next(&body, &f))
             return -EBADMSG;
         if (f.number != FILE_INET_SOCKET || !f.has_body)
             continue;
