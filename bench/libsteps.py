@@ -116,10 +116,6 @@ class Steps(libsteps_live.LiveSteps, libsteps_multi.MultiSteps):
         gpu = t.gpu_memory_of([context.pid], idle)
         if gpu is not None:
             self.add("rest.context", "GPU memory of a process with a context and nothing else", gpu, "bytes")
-        before, began = cpu_of_threads(context.pid), time.monotonic()
-        time.sleep(s["rest_s"])
-        cpu, text = cpu_since(before, context.pid, began)
-        self.add("rest.context_cpu", "CPU time of a process with a context and nothing else", cpu, "%", note=text)
         context.kill()
         t.start_daemon("--no-gpu-hash")
         gpu = t.gpu_memory_of(family(t.daemon.pid), idle)
@@ -139,10 +135,14 @@ class Steps(libsteps_live.LiveSteps, libsteps_multi.MultiSteps):
         while pinned_bytes(t.daemon.pid) > fresh + 2 * MIB and time.monotonic() < began + 30:
             time.sleep(0.05)
         self.add("rest.trim", "daemon: until its pinned host memory was given back, with --trim-after 2", time.monotonic() - began)
-        before, began = cpu_of_threads(t.daemon.pid), time.monotonic()
+        context = t.hold(0, s["block"], agent=False)
+        before = [cpu_of(p.pid) for p in (context, t.daemon)]
         time.sleep(s["rest_s"])
-        cpu, text = cpu_since(before, t.daemon.pid, began)
-        self.add("rest.cpu", "daemon at rest: CPU time of all threads", cpu, "%", note=f"after a suspend and resume; {text}")
+        (floor, floor_text), (cpu, text) = cpu_since(before[0], context.pid), cpu_since(before[1], t.daemon.pid)
+        context.kill()  # nvidia-smi may know no processes
+        self.add("rest.context_cpu", "CPU time of a process with a context and nothing else", floor, "%", note=floor_text)
+        self.add("rest.cpu", "daemon at rest: CPU time of all threads", cpu, "%",
+                 note=f"{floor:.4f} % with a context and nothing else; {text}; after a suspend and resume")
         self.add("rest.pinned_used", f"daemon at rest, after a suspend of {s['mid_text']} and --trim-after: pinned host memory", pinned_bytes(t.daemon.pid),
                  "bytes", note="no configuration asks it to keep any")
         gpu = t.gpu_memory_of(family(t.daemon.pid), idle)
@@ -509,25 +509,30 @@ def family(pid):
     return found
 
 
-def cpu_of_threads(pid):
-    """{thread: its CPU time, ns}, of a process and all below it."""
-    found = {}
-    for t in (t for p in family(pid) for t in pathlib.Path(f"/proc/{p}/task").iterdir()):
+def cpu_of(pid):
+    """(when, {thread: its CPU time, ns}, the kernel's sum of them in ns, in steps of its tick), of a process and all below it."""
+    at, threads, ticks = time.monotonic(), {}, 0
+    for p in family(pid):
         try:
-            found[int(t.name), (t / "comm").read_text().strip()] = int((t / "schedstat").read_text().split()[0])
+            of_all = pathlib.Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, of_all[11:15]))  # its own, and its children's that have ended
+            for t in pathlib.Path(f"/proc/{p}/task").iterdir():
+                threads[int(t.name)] = (t / "comm").read_text().strip(), int((t / "schedstat").read_text().split()[0])
         except (FileNotFoundError, ProcessLookupError):
             pass  # it has just ended
-    return found
+    return at, threads, ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 
-def cpu_since(before, pid, began):
-    """(CPU time in % of the time since, what to say about it). A thread that has ended takes its own with it: that is said."""
-    now, seconds = cpu_of_threads(pid), time.monotonic() - began
-    spent = {thread: ns - before.get(thread, 0) for thread, ns in now.items()}
-    most = [f"{name} {ns / 1e3:.0f} us" for (_, name), ns in sorted(spent.items(), key=lambda x: -x[1])[:3] if ns > 0]
-    ended = len(set(before) - set(now))
-    text = f"over {seconds:.0f} s, {len(now)} threads; {', '.join(most) if most else 'none ran'}"
-    return sum(spent.values()) / 1e9 / seconds * 100, text + (f"; {ended} threads ended" if ended else "")
+def cpu_since(before, pid):
+    """(CPU time in % of the time since, what to say about it). A thread that has ended took its own with it: then the kernel's sum counts."""
+    (began, old, old_ticks), (ended, now, ticks) = before, cpu_of(pid)
+    spent = {tid: (name, ns - old.get(tid, ("", 0))[1]) for tid, (name, ns) in now.items()}
+    most = [f"{name} {ns / 1e3:.0f} us" for name, ns in sorted(spent.values(), key=lambda x: -x[1])[:3] if ns > 0]
+    total, gone = sum(ns for _, ns in spent.values()), len(set(old) - set(now))
+    text = f"over {ended - began:.0f} s, {len(now)} threads; {', '.join(most) if most else 'none ran'}"
+    if gone:
+        total, text = max(total, ticks - old_ticks), f"{text}; {gone} threads ended, so in ticks"
+    return total / 1e9 / (ended - began) * 100, text
 
 
 def pinned_bytes(pid):

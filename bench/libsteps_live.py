@@ -67,6 +67,23 @@ def criu_stats(folder):
     return found
 
 
+def private_of(pid):
+    """{mapped file, or what else it is: bytes that are in memory and its alone and were written}: about what CRIU has to write of a process."""
+    found, name = {}, ""
+    for line in pathlib.Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if header := re.match(r"[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \S+\s*(.*)$", line):
+            name = header[1] or "anonymous"
+        elif line.startswith("Private_Dirty:"):
+            found[name] = found.get(name, 0) + int(line.split()[1]) * 1024
+    return found
+
+
+def most_grown(old, new):
+    """(bytes, which three grew most)"""
+    grown = sorted(((new.get(n, 0) - old.get(n, 0), n) for n in new), reverse=True)
+    return sum(new.values()) - sum(old.values()), ", ".join(f"{n} {b / 1e6:.1f} MB" for b, n in grown[:3] if b > 0)
+
+
 def own_bytes(folder):
     """Bytes of GPU memory that a checkpoint shares with no other."""
     return sum(f.stat().st_size for f in pathlib.Path(folder).glob("bennu-pack-*") if f.stat().st_nlink == 1)
@@ -198,6 +215,10 @@ class LiveSteps:
             self.add(f"{key}.{what}", f"{text}: slower by the {what} step",
                      [(of(w) / statistics.mean((of(before), of(after))) - 1) * 100 for w, before, after in zip(with_, without, without[1:])], "%",
                      note=f"{what}s of all steps; before and after it")
+            if rounds > 1:
+                self.add(f"{key}.{what}_none", f"{text}: slower by the {what} step with nothing done, which is the noise",
+                         [(of(w) / statistics.mean((of(before), of(after))) - 1) * 100 for before, w, after in zip(without, without[1:], without[2:])], "%",
+                         note="each undisturbed window against its two neighbours")
         return answers
 
     def pre_dumping(self, program, *options):
@@ -280,20 +301,26 @@ class LiveSteps:
                                 ("empty", ["--shape", "tiny"], "PyTorch decoding with a tiny model")):
             program = t.start(f"decode-{key}", [sys.executable, PROGRAMS / "decode.py", *argv])
             program.wait_for(r"^step 30 ", "its 30th token", 200)
-            gaps, costs = [], {}
+            gaps, costs, last, grew = [], {}, None, {}
             for _ in range(s["rounds"]):
                 folder = self.live_folder()
                 maps = pathlib.Path(f"/proc/{program.pid}/maps").read_text().count("\n")
-                began = time.monotonic()
+                private, began = private_of(program.pid), time.monotonic()
                 t.timed(["dump", "--json", "--live", "--leave-running", program.pid, folder], 200)
                 gaps.append(longest_gap(program, began, time.monotonic()))
-                for name, value in {**criu_stats(folder), "mappings": maps}.items():
+                for name, value in {**criu_stats(folder), "mappings": maps, "private_bytes": sum(private.values())}.items():
                     costs.setdefault(name, []).append(value)
+                for when, old, new in (("since the last dump", last, private), ("by the dump", private, last := private_of(program.pid))):
+                    if old is not None:
+                        grew.setdefault(when, []).append(most_grown(old, new))
                 shutil.rmtree(folder)
             self.add(f"pause.{key}", f"dump --live --leave-running, {what}: longest token", gaps, note="into a tmpfs")
             for name, values in costs.items():
                 self.add(f"pause.{key}.{name}", f"dump --live --leave-running, {what}: {name.replace('_', ' ')}", values,
-                         "s" if name.endswith("time") else "", note="CRIU's" if name != "mappings" else "")
+                         "s" if name.endswith("time") else "bytes" if name.endswith("bytes") else "", note="" if name in ("mappings", "private_bytes") else "CRIU's")
+            for when, values in grew.items():
+                self.add(f"pause.{key}.grew {when}", f"dump --live --leave-running, {what}: private memory more {when}", [b for b, _ in values], "bytes",
+                         note=f"of the last: {values[-1][1]}")
             if key == "torch":
                 self.slowed("decode", what, program, s["rounds"])
             program.kill()

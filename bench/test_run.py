@@ -8,6 +8,8 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import unittest
 import xml.etree.ElementTree
 
@@ -53,6 +55,28 @@ class Rows(unittest.TestCase):
                 f.write(bytes(12) + bytes([0x0A, len(entry)]) + entry)
             self.assertEqual(libsteps_live.criu_stats(folder), {"freezing_time": 5e-6, "frozen_time": 1.0, "memdump_time": 7e-6, "memwrite_time": 9e-6,
                                                                 "pages_scanned": 256, "pages_written": 150})
+
+    def test_what_memory_grew(self):
+        before = libsteps_live.private_of(os.getpid())
+        held = bytearray(os.urandom(16 << 20))
+        grown, where = libsteps_live.most_grown(before, libsteps_live.private_of(os.getpid()))
+        self.assertGreaterEqual(grown, len(held) // 2)
+        self.assertRegex(where, r"^(anonymous|\[heap\]) [\d.]+ MB")
+
+    def test_cpu_of_threads_that_end(self):
+        def thread():
+            end.wait()
+        end = threading.Event()
+        other = threading.Thread(target=thread)
+        other.start()
+        before = libsteps.cpu_of(os.getpid())
+        end.set()
+        other.join()
+        while os.path.exists(f"/proc/self/task/{other.native_id}"):  # join() returns a moment before the kernel's thread ends
+            time.sleep(0.001)
+        value, text = libsteps.cpu_since(before, os.getpid())
+        self.assertGreaterEqual(value, 0)
+        self.assertIn("1 threads ended, so in ticks", text)
 
     def test_where_a_median_lies(self):
         self.assertEqual(libsteps.median_range([3, 1, 2]), (1, 3))
