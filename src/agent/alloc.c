@@ -21,18 +21,11 @@ static uint64_t access_of_locked(CUcontext ctx, CUdevice dev)
 
 static CUresult create(struct bn_seg *seg, const struct bn_device *d)
 {
-    CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
-                                .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
-                                .location = {CU_MEM_LOCATION_TYPE_DEVICE, seg->dev}};
-    prop.allocFlags.gpuDirectRDMACapable = d->rdma;
-    CUresult r = bn_real.cuMemCreate(&seg->real, seg->size, &prop, 0);
-    if (r != CUDA_SUCCESS && r != CUDA_ERROR_OUT_OF_MEMORY && d->rdma) {
-        prop.allocFlags.gpuDirectRDMACapable = 0;
-        r = bn_real.cuMemCreate(&seg->real, seg->size, &prop, 0);
-    }
+    uint32_t flags = d->rdma ? BN_SEGMENT_RDMA : 0;
+    CUresult r = bn_seg_create_locked(seg, &flags);
     if (r == CUDA_SUCCESS) {
         seg->present = true;
-        seg->flags = prop.allocFlags.gpuDirectRDMACapable ? BN_SEGMENT_RDMA : 0;
+        seg->flags = flags;
     }
     return r;
 }

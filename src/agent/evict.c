@@ -403,15 +403,21 @@ static void settled(struct bn_seg *seg, const uint8_t uuid[16])
     missing--;
 }
 
-static int not_mapped(unsigned long long id, CUresult r, struct bn_answer *a)
+static int cannot(const char *be_done, unsigned long long id, CUresult r, struct bn_answer *a)
 {
     return bn_answer_fail(a, r == CUDA_ERROR_OUT_OF_MEMORY ? ENOMEM : EIO, r,
-                          "segment %llu of its GPU memory cannot be mapped: %s", id, cuda_text(r));
+                          "segment %llu of its GPU memory cannot be %s: %s", id, be_done, cuda_text(r));
 }
 
-static int unknown(const struct bn_seg *seg, unsigned long long id, struct bn_answer *a)
+/* NULL, and the answer says why. */
+static struct bn_seg *find_wanted(const struct bn_agent_segment *want, struct bn_answer *a)
 {
-    return bn_answer_fail(a, EINVAL, 0, seg ? "segment %llu has another size" : "it has no segment %llu", id);
+    struct bn_seg *seg = find_ordered(want->id);
+    if (seg && seg->size == want->size)
+        return seg;
+    bn_answer_fail(a, EINVAL, 0, seg ? "segment %llu has another size" : "it has no segment %llu",
+                   (unsigned long long)want->id);
+    return NULL;
 }
 
 /* Give up memory that was created for it and never filled. */
@@ -427,13 +433,13 @@ static void drop_unfilled(struct bn_seg *seg)
 /* Takes over fd. */
 static int import_one(const struct bn_agent_segment *want, int fd, struct bn_answer *a)
 {
-    struct bn_seg *seg = find_ordered(want->id);
+    struct bn_seg *seg = find_wanted(want, a);
     unsigned long long id = want->id;
     int error = 0;
     CUresult r = CUDA_SUCCESS;
-    if (!seg || seg->size != want->size) {
+    if (!seg) {
         close(fd);
-        return unknown(seg, id, a);
+        return -EINVAL;
     }
     drop_unfilled(seg);
     if (seg->present || seg->real)
@@ -445,14 +451,16 @@ static int import_one(const struct bn_agent_segment *want, int fd, struct bn_ans
     if (error)
         return bn_answer_fail(a, error, 0,
                               "it can have no more open descriptors (ulimit -n) for segment %llu", id);
-    error = r == CUDA_ERROR_OUT_OF_MEMORY ? ENOMEM : r == CUDA_ERROR_NOT_INITIALIZED ? ENODEV : EIO;
-    if (r != CUDA_SUCCESS)
-        return bn_answer_fail(a, error, r, "segment %llu of its GPU memory cannot be imported: %s", id,
-                              cuda_text(r));
+    if (r != CUDA_SUCCESS) {
+        cannot("imported", id, r, a);
+        if (r == CUDA_ERROR_NOT_INITIALIZED)
+            a->head.error = ENODEV;
+        return -a->head.error;
+    }
     r = map_segment(seg);
     if (r != CUDA_SUCCESS) {
         let_go(seg);
-        return not_mapped(id, r, a);
+        return cannot("mapped", id, r, a);
     }
     settled(seg, want->uuid);
     return 0;
@@ -482,42 +490,30 @@ int bn_evict_import(const struct bn_agent_segment *segs, unsigned n, const int *
 
 /* ---- giving back where nothing can be imported ------------------------------------------------------ */
 
-/* As it was made; without what this device cannot do. */
+/* As it was made. */
 static CUresult create_again(struct bn_seg *seg)
 {
-    CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
-                                .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
-                                .location = {CU_MEM_LOCATION_TYPE_DEVICE, seg->dev}};
-    prop.allocFlags.gpuDirectRDMACapable = !!(seg->flags & BN_SEGMENT_RDMA);
-    prop.allocFlags.compressionType = seg->flags & BN_SEGMENT_COMPRESSED ? CU_MEM_ALLOCATION_COMP_GENERIC : 0;
-    CUresult r = bn_real.cuMemCreate(&seg->real, seg->size, &prop, 0);
-    if (r != CUDA_SUCCESS && r != CUDA_ERROR_OUT_OF_MEMORY && seg->flags) {
-        memset(&prop.allocFlags, 0, sizeof(prop.allocFlags));
-        r = bn_real.cuMemCreate(&seg->real, seg->size, &prop, 0);
-    }
+    uint32_t flags = seg->flags;
+    CUresult r = bn_seg_create_locked(seg, &flags);
     seg->unfilled = r == CUDA_SUCCESS;
-    if (!seg->unfilled)
-        seg->real = 0;
     return r;
 }
 
 static int create_one(const struct bn_agent_segment *want, struct bn_answer *a)
 {
-    struct bn_seg *seg = find_ordered(want->id);
-    unsigned long long id = want->id;
-    if (!seg || seg->size != want->size)
-        return unknown(seg, id, a);
+    struct bn_seg *seg = find_wanted(want, a);
+    if (!seg)
+        return -EINVAL;
     drop_unfilled(seg);
     /* What is in place was filled by a controller that did not get further: it is filled once more. */
     CUresult r = seg->real ? CUDA_SUCCESS : create_again(seg);
     if (r != CUDA_SUCCESS)
-        return bn_answer_fail(a, r == CUDA_ERROR_OUT_OF_MEMORY ? ENOMEM : EIO, r,
-                              "segment %llu of its GPU memory cannot be created: %s", id, cuda_text(r));
+        return cannot("created", want->id, r, a);
     r = export_one(seg, &a->fds[a->nfds]);
     if (r != CUDA_SUCCESS) {
         drop_unfilled(seg);
-        return bn_answer_fail(a, EIO, r, "segment %llu of its GPU memory cannot be exported: %s", id,
-                              cuda_text(r));
+        return bn_answer_fail(a, EIO, r, "segment %llu of its GPU memory cannot be exported: %s",
+                              (unsigned long long)want->id, cuda_text(r));
     }
     describe(seg, &a->segs[a->nfds++]);
     return 0;
@@ -545,20 +541,20 @@ int bn_evict_create(const struct bn_agent_segment *segs, unsigned n, struct bn_a
 
 static int map_unfilled(const struct bn_agent_segment *want, struct bn_answer *a)
 {
-    struct bn_seg *seg = find_ordered(want->id);
-    unsigned long long id = want->id;
-    if (!seg || seg->size != want->size)
-        return unknown(seg, id, a);
+    struct bn_seg *seg = find_wanted(want, a);
+    if (!seg)
+        return -EINVAL;
     if (seg->present)
         return 0;
     if (!seg->real)
-        return bn_answer_fail(a, EINVAL, 0, "no memory was created for segment %llu", id);
+        return bn_answer_fail(a, EINVAL, 0, "no memory was created for segment %llu",
+                              (unsigned long long)want->id);
     CUresult r = map_segment(seg);
     if (r != CUDA_SUCCESS) {
         seg->unfilled =
             unmap_segment(seg) == CUDA_SUCCESS; /* else its handle is kept, as import_one has it */
         drop_unfilled(seg);
-        return not_mapped(id, r, a);
+        return cannot("mapped", want->id, r, a);
     }
     seg->unfilled = false;
     settled(seg, want->uuid);

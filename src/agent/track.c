@@ -227,6 +227,24 @@ struct bn_seg *bn_seg_new_locked(enum bn_seg_kind kind, CUdevice dev, uint64_t s
     return seg;
 }
 
+CUresult bn_seg_create_locked(struct bn_seg *seg, uint32_t *flags)
+{
+    CUmemAllocationProp prop = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
+                                .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+                                .location = {CU_MEM_LOCATION_TYPE_DEVICE, seg->dev}};
+    prop.allocFlags.gpuDirectRDMACapable = !!(*flags & BN_SEGMENT_RDMA);
+    prop.allocFlags.compressionType = *flags & BN_SEGMENT_COMPRESSED ? CU_MEM_ALLOCATION_COMP_GENERIC : 0;
+    CUresult r = bn_real.cuMemCreate(&seg->real, seg->size, &prop, 0);
+    if (r != CUDA_SUCCESS && r != CUDA_ERROR_OUT_OF_MEMORY && *flags) {
+        memset(&prop.allocFlags, 0, sizeof(prop.allocFlags));
+        *flags = 0;
+        r = bn_real.cuMemCreate(&seg->real, seg->size, &prop, 0);
+    }
+    if (r != CUDA_SUCCESS)
+        seg->real = 0;
+    return r;
+}
+
 struct bn_map *bn_map_new_locked(struct bn_seg *seg, CUdeviceptr va, uint64_t size, uint64_t offset)
 {
     if (bn_tree_find(&bn_track.maps, va))

@@ -155,6 +155,9 @@ void bn_track_drop(void) BN_API_LOCAL;
 
 /* NULL: no memory. The segment has an id and is in the tree; `present` is false. */
 struct bn_seg *bn_seg_new_locked(enum bn_seg_kind kind, CUdevice dev, uint64_t size) BN_API_LOCAL;
+/* Have the driver make its memory, which can be exported. *flags: BN_SEGMENT_... that are wanted; what the device cannot do is left out of
+ * them. On error there is none. */
+CUresult bn_seg_create_locked(struct bn_seg *seg, uint32_t *flags) BN_API_LOCAL;
 struct bn_map *bn_map_new_locked(struct bn_seg *seg, CUdeviceptr va, uint64_t size,
                                  uint64_t offset) BN_API_LOCAL;
 /* Out of tree and segment; no call to the driver. */
