@@ -68,15 +68,13 @@ static void end(const struct inet_diag_msg *connection)
 
 static bool is_ours(const struct inet_diag_msg *m, const struct bn_tcp_names *names)
 {
-    uint8_t addr[16] = {0};
+    uint8_t addr[16];
     if (m->idiag_state != TCP_TIME_WAIT)
         return false;
-    if (m->idiag_family == AF_INET) {
-        memset(addr + 10, 0xff, 2);
-        memcpy(addr + 12, m->id.idiag_src, 4);
-    } else {
+    if (m->idiag_family == AF_INET)
+        bn_tcp_addr_of_v4(addr, m->id.idiag_src);
+    else
         memcpy(addr, m->id.idiag_src, 16);
-    }
     return bn_tcp_names_have(names, addr, ntohs(m->id.idiag_sport));
 }
 

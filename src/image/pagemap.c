@@ -7,7 +7,6 @@
 #include <stdlib.h>
 
 /* CRIU's magic.h */
-#define IMAGE_MAGIC 0x54564319u
 #define PAGEMAP_MAGIC 0x56084025u
 #define VA_END (UINT64_C(1) << 56) /* what five levels of page tables reach */
 
@@ -91,8 +90,8 @@ int bn_pagemap_decode(const void *data, size_t len, struct bn_pagemap *out, stru
     uint64_t head[FIELDS] = {0};
     unsigned seen = 0;
     int rc = -EBADMSG;
-    if (bn_read_u32(&r) == IMAGE_MAGIC && bn_read_u32(&r) == PAGEMAP_MAGIC && read_message(&r, head, &seen) &&
-        seen & 1u << FIELD_VADDR && head[1] <= UINT32_MAX) {
+    if (bn_read_u32(&r) == BN_CRIU_IMAGE_MAGIC && bn_read_u32(&r) == PAGEMAP_MAGIC &&
+        read_message(&r, head, &seen) && seen & 1u << FIELD_VADDR && head[1] <= UINT32_MAX) {
         m.pages_id = (uint32_t)head[1];
         rc = read_entries(&r, &m);
     }

@@ -6,6 +6,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* What each of CRIU's images begins with; a number of its kind follows (CRIU's magic.h). */
+#define BN_CRIU_IMAGE_MAGIC 0x54564319u
+
 struct bn_pb_field {
     uint64_t number;
     uint64_t value;        /* of a number, of whichever wire type */

@@ -9,7 +9,6 @@
 #include <sys/socket.h>
 
 /* CRIU's magic.h */
-#define IMAGE_MAGIC 0x54564319u
 #define FILES_MAGIC 0x56303138u
 
 enum { FILE_INET_SOCKET = 4 };
@@ -53,20 +52,27 @@ static bool read_socket(struct bn_reader *r, struct socket *sk)
     return !r->failed;
 }
 
+void bn_tcp_addr_of_v4(uint8_t addr[16], const void *v4)
+{
+    memset(addr, 0, 10);
+    memset(addr + 10, 0xff, 2);
+    memcpy(addr + 12, v4, 4);
+}
+
 /* False: it is none of TCP's, or has no port. */
 static bool name_of(const struct socket *sk, struct bn_tcp_name *name)
 {
     *name = (struct bn_tcp_name){.port = (uint16_t)sk->port};
     if (sk->type != SOCK_STREAM || sk->proto != IPPROTO_TCP || sk->port == 0 || sk->port > UINT16_MAX)
         return false;
-    if (sk->family == AF_INET && sk->words == 1 && sk->addr[0] != 0) {
-        memset(name->addr + 10, 0xff, 2);
-        memcpy(name->addr + 12, sk->addr, 4);
-    } else if (sk->family == AF_INET6 && sk->words == 4) {
-        memcpy(name->addr, sk->addr, 16);
-    } else if (sk->family != AF_INET || sk->words != 1) {
-        return false;
+    if (sk->family == AF_INET && sk->words == 1) {
+        if (sk->addr[0] != INADDR_ANY)
+            bn_tcp_addr_of_v4(name->addr, sk->addr);
+        return true;
     }
+    if (sk->family != AF_INET6 || sk->words != 4)
+        return false;
+    memcpy(name->addr, sk->addr, 16);
     return true;
 }
 
@@ -110,7 +116,7 @@ int bn_tcp_names_decode(const void *data, size_t len, struct bn_tcp_names *out, 
 {
     struct bn_reader r = bn_reader_init(data, len);
     struct bn_tcp_names names = {0};
-    int rc = bn_read_u32(&r) == IMAGE_MAGIC && bn_read_u32(&r) == FILES_MAGIC ? 0 : -EBADMSG;
+    int rc = bn_read_u32(&r) == BN_CRIU_IMAGE_MAGIC && bn_read_u32(&r) == FILES_MAGIC ? 0 : -EBADMSG;
     while (rc == 0 && bn_reader_left(&r) > 0)
         rc = read_file(&r, &names);
     if (rc < 0) {

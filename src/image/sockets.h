@@ -23,5 +23,7 @@ struct bn_tcp_names {
  * of a CRIU that writes it otherwise; -ENOMEM. *err is filled. */
 int bn_tcp_names_decode(const void *data, size_t len, struct bn_tcp_names *out, struct bn_error *err);
 void bn_tcp_names_free(struct bn_tcp_names *names);
+/* An IPv4 address, four bytes, as a name has it. */
+void bn_tcp_addr_of_v4(uint8_t addr[16], const void *v4);
 /* Is this local address, with this port, one of them? */
 bool bn_tcp_names_have(const struct bn_tcp_names *names, const uint8_t addr[16], uint16_t port);
