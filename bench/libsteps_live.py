@@ -32,6 +32,11 @@ def steps_in(program, began, ended):
     return [b - a for a, b in zip(ends[first:last], ends[first + 1:last + 1])]
 
 
+def slower(of, these, before, after):
+    """By how many % each of these windows' steps are slower than those of the windows before and after it, by `of` (a mean, a median)."""
+    return [(of(w) / statistics.mean((of(b), of(a))) - 1) * 100 for w, b, a in zip(these, before, after)]
+
+
 def longest_gap(program, began, ended):
     """The longest time between two ends of its steps around what happened from `began` to `ended`."""
     steps_in(program, began, ended)
@@ -212,13 +217,11 @@ class LiveSteps:
         self.add(f"{key}.without", f"{text}: a step, before and after", [statistics.mean(w) for w in without])
         self.add(f"{key}.with", f"{text}: a step", [statistics.mean(w) for w in with_])
         for what, of in (("mean", statistics.mean), ("median", statistics.median)):
-            self.add(f"{key}.{what}", f"{text}: slower by the {what} step",
-                     [(of(w) / statistics.mean((of(before), of(after))) - 1) * 100 for w, before, after in zip(with_, without, without[1:])], "%",
+            self.add(f"{key}.{what}", f"{text}: slower by the {what} step", slower(of, with_, without, without[1:]), "%",
                      note=f"{what}s of all steps; before and after it")
             if rounds > 1:
                 self.add(f"{key}.{what}_none", f"{text}: slower by the {what} step with nothing done, which is the noise",
-                         [(of(w) / statistics.mean((of(before), of(after))) - 1) * 100 for before, w, after in zip(without, without[1:], without[2:])], "%",
-                         note="each undisturbed window against its two neighbours")
+                         slower(of, without[1:], without, without[2:]), "%", note="each undisturbed window against its two neighbours")
         return answers
 
     def pre_dumping(self, program, *options):
@@ -261,6 +264,10 @@ class LiveSteps:
                 bytes_ += a.copy()[1]
         return bytes_ / 1e9 / (time.monotonic() - began)
 
+    def memory_loop(self, size):
+        """What to run for a loop that is bound by the GPU's memory, with so many bytes on the GPU."""
+        return [self.t.bin / "bench/bench-step", "--kernels", ROOT / "sim/kernels.ptx", "--cold", size - self.s["hot"], "--hot", self.s["hot"]]
+
     def disturb(self):
         """What makes a program slower that decodes, or is bound by the GPU's memory: copying as it is, copying slowly, the CPU's part of it alone,
         the link's part of it alone."""
@@ -270,8 +277,7 @@ class LiveSteps:
         other = t.hold(s["mid"], s["block"])
         t.suspend(other)  # pins the pool's memory
         t.resume(other)
-        programs = [("memory", "memory-bound loop", [t.bin / "bench/bench-step", "--kernels", ROOT / "sim/kernels.ptx", "--cold", s["mid"] - s["hot"],
-                                                    "--hot", s["hot"]])]
+        programs = [("memory", "memory-bound loop", self.memory_loop(s["mid"]))]
         if not t.simulated:
             self.need_torch()
             programs.append(("decode", "PyTorch decoding", [sys.executable, PROGRAMS / "decode.py", "--gb", s["torch_gb"]]))
@@ -291,8 +297,7 @@ class LiveSteps:
         t, s = self.t, self.s
         self.need_live()
         t.start_daemon("--spool", t.tmpfs() / "spool")
-        program = t.start("memory-loop", [t.bin / "bench/bench-step", "--kernels", ROOT / "sim/kernels.ptx", "--cold", s["load"] - s["hot"],
-                                          "--hot", s["hot"]])
+        program = t.start("memory-loop", self.memory_loop(s["load"]))
         program.wait_for(r"^step 3 ", "its third step", 120)
         self.slowed("memory", f"memory-bound loop of {s['hot_text']}, {s['load_text']} on the GPU", program, min(s["rounds"], 3))
         program.kill()
