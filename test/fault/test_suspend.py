@@ -44,14 +44,23 @@ class Suspended(FaultTest):
         self.wait_state("suspended")
         self.assertIsNone(self.app.trouble())
 
+    def killed_in_resume(self, point, tier="host"):
+        self.daemon = Daemon(self, point)
+        self.succeeds("suspend", "--to", tier, self.app.pid)
+        self.assertNotEqual(self.bennu("resume", self.app.pid).returncode, 0)
+        self.daemon.wait_killed()
+
+    def runs_on(self):
+        self.wait_state("running", "no agent")
+        self.app.go_on()
+        self.stop()
+
     def undoes_suspend(self, point):
         with self.subTest(point):
             self.daemon = Daemon(self, point)
             self.assertNotEqual(self.bennu("suspend", self.app.pid).returncode, 0)
             self.daemon.wait_killed()
-            self.wait_state("running", "no agent")
-            self.app.go_on()
-            self.stop()
+            self.runs_on()
 
 
 class Suspend(Suspended):
@@ -74,16 +83,11 @@ class Suspend(Suspended):
     def test_resume(self):
         for point in ALLOCATE + RESUME:
             with self.subTest(point):
-                self.daemon = Daemon(self, point)
-                self.succeeds("suspend", self.app.pid)
-                self.assertNotEqual(self.bennu("resume", self.app.pid).returncode, 0)
-                self.daemon.wait_killed()
+                self.killed_in_resume(point)
                 if point in ALLOCATE:
                     self.suspended()
                     self.succeeds("resume", self.app.pid)
-                self.wait_state("running", "no agent")
-                self.app.go_on()
-                self.stop()
+                self.runs_on()
         self.daemon = Daemon(self)
         self.cycle()
         self.stop()
@@ -104,9 +108,7 @@ class Suspend(Suspended):
                     if point in SUSPENDED + ALLOCATE:
                         self.suspended()
                         self.succeeds("resume", self.app.pid)
-                    self.wait_state("running", "no agent")
-                    self.app.go_on()
-                    self.stop()
+                    self.runs_on()
                     self.assertEqual(fault.os.listdir(self.path("run", "spool")) if tier == "disk" else [], [])
         self.daemon = Daemon(self)
         self.cycle()
@@ -256,13 +258,8 @@ class Barred(Suspended):
         for tier in ("host", "gpu", "disk"):
             for point in BARRED:
                 with self.subTest(tier=tier, point=point):
-                    self.daemon = Daemon(self, point)
-                    self.succeeds("suspend", "--to", tier, self.app.pid)
-                    self.assertNotEqual(self.bennu("resume", self.app.pid).returncode, 0)
-                    self.daemon.wait_killed()
-                    self.wait_state("running", "no agent")
-                    self.app.go_on()
-                    self.stop()
+                    self.killed_in_resume(point, tier)
+                    self.runs_on()
         self.daemon = Daemon(self)
         self.cycle()
         self.stop()
