@@ -262,18 +262,17 @@ uint64_t bn_gpu_set_ptr(const struct bn_gpu_set *set)
     return set->base;
 }
 
-/* The context is current. */
-static CUresult gather(struct bn_gpu_set *to, const struct bn_gpu_set *from,
+/* Ranges behind `from`, one behind the other, to `to`. The context is current. */
+static CUresult gather(const struct bn_driver *cu, CUdeviceptr to, CUdeviceptr from,
                        const struct bn_copy_extent *extents, size_t n)
 {
-    const struct bn_driver *cu = &to->gpu->cu;
     CUstream stream;
     CUresult c = cu->StreamCreate(&stream, CU_STREAM_NON_BLOCKING);
     if (c != CUDA_SUCCESS)
         return c;
     uint64_t at = 0;
     for (size_t i = 0; i < n && c == CUDA_SUCCESS; i++) {
-        c = cu->MemcpyDtoDAsync(to->base + at, from->base + extents[i].offset, extents[i].bytes, stream);
+        c = cu->MemcpyDtoDAsync(to + at, from + extents[i].offset, extents[i].bytes, stream);
         at += extents[i].bytes;
     }
     CUresult done = cu->StreamSynchronize(stream); /* after a failure something may still be under way */
@@ -299,7 +298,7 @@ int bn_gpu_set_gather(struct bn_gpu_set *to, const struct bn_gpu_set *from,
     int r = bn_gpu_enter(to->gpu, to->dev, "gather", err);
     if (r < 0)
         return r;
-    CUresult c = gather(to, from, extents, n);
+    CUresult c = gather(&to->gpu->cu, to->base, from->base, extents, n);
     bn_gpu_leave(to->gpu);
     return c == CUDA_SUCCESS
                ? 0
@@ -327,20 +326,14 @@ static CUresult copy_block(const struct bn_gpu_set *set, const struct block *b,
                            CUmemGenericAllocationHandle to)
 {
     const struct bn_driver *cu = &set->gpu->cu;
+    const struct bn_copy_extent whole = {.offset = b->offset, .bytes = b->size};
     CUdeviceptr at;
-    CUstream stream;
     CUresult c = cu->MemAddressReserve(&at, b->size, 0, 0, 0);
     if (c != CUDA_SUCCESS)
         return c;
     c = map_at(set, at, b->size, to);
     if (c == CUDA_SUCCESS) {
-        c = cu->StreamCreate(&stream, CU_STREAM_NON_BLOCKING);
-        if (c == CUDA_SUCCESS) {
-            c = cu->MemcpyDtoDAsync(at, set->base + b->offset, b->size, stream);
-            CUresult done = cu->StreamSynchronize(stream);
-            cu->StreamDestroy(stream);
-            c = c != CUDA_SUCCESS ? c : done;
-        }
+        c = gather(cu, at, set->base, &whole, 1);
         cu->MemUnmap(at, b->size);
     }
     cu->MemAddressFree(at, b->size);
