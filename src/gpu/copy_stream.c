@@ -161,18 +161,20 @@ static void *worker_run(void *arg)
 }
 
 /* Small jobs get small pieces, so that every worker has a few. */
-static uint64_t piece_size(uint64_t total, unsigned workers, uint64_t buffer)
+static uint64_t piece_size(const struct bn_copy *job, unsigned workers)
 {
-    uint64_t piece = total / (4 * (uint64_t)workers);
+    uint64_t most = bn_copier_buffer(job->copier), piece = job->total / (4 * (uint64_t)workers);
+    if (job->spec.piece && job->spec.piece < most)
+        most = job->spec.piece;
+    if (piece > most)
+        piece = most;
     piece -= piece % BN_GPU_CHUNK;
-    if (piece < BN_GPU_CHUNK)
-        piece = BN_GPU_CHUNK;
-    return piece < buffer ? piece : buffer;
+    return piece ? piece : BN_GPU_CHUNK;
 }
 
 static void run_workers(struct bn_copy *job, struct worker *workers, unsigned n)
 {
-    uint64_t piece = piece_size(job->total, n, bn_copier_buffer(job->copier));
+    uint64_t piece = piece_size(job, n);
     for (unsigned i = 0; i < n; i++) {
         struct worker *w = &workers[i];
         *w = (struct worker){.job = job, .cu = &job->gpu->cu, .piece = piece};

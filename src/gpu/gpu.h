@@ -240,6 +240,8 @@ struct bn_copy_spec {
     bn_copy_produce_fn produce; /* BN_COPY_IN */
     void *arg;
     unsigned workers; /* streamed modes; 0: the copier's */
+    uint64_t
+        piece; /* streamed modes: most bytes at a time, a chunk at least; 0: what a staging buffer holds */
 };
 
 struct bn_copy; /* a job */

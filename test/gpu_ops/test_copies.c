@@ -211,6 +211,7 @@ struct seen {
     uint64_t seed;
     atomic_uint count[256];
     atomic_uint calls;
+    atomic_uint most; /* chunks at a time */
     uint64_t fail_at; /* chunk */
     int code;
     bool with_text;
@@ -221,6 +222,8 @@ struct seen {
 static int visit(struct seen *s, uint64_t chunk, unsigned n, struct bn_error *err)
 {
     atomic_fetch_add(&s->calls, 1);
+    for (unsigned most = s->most; n > most && !atomic_compare_exchange_weak(&s->most, &most, n);)
+        ;
     for (unsigned i = 0; i < n; i++) {
         atomic_fetch_add(&s->count[chunk + i], 1);
         if (s->code && chunk + i == s->fail_at)
@@ -269,6 +272,26 @@ static void streamed(void **state)
                 assert_int_equal(s.count[i], i < n ? 1 : 0);
         }
     }
+    bn_gpu_set_free(set);
+}
+
+/* A staging buffer holds two chunks here. */
+static void streamed_in_pieces(void **state)
+{
+    struct bn_gpu_set *set = some_set(0, 24);
+    const struct {
+        uint64_t piece;
+        unsigned most; /* chunks */
+    } cases[] = {{0, 2}, {2 * MIB, 1}, {3 * MIB, 1}, {4 * MIB, 2}, {64 * MIB, 2}, {1, 1}};
+    for (size_t i = 0; i < BN_ARRAY_SIZE(cases); i++) {
+        struct seen s = {.seed = 60};
+        struct bn_error err = BN_ERROR_INIT;
+        struct bn_copy_spec spec = {
+            .mode = BN_COPY_IN, .set = set, .produce = produce, .arg = &s, .piece = cases[i].piece};
+        assert_ok(run(&spec, &err), &err);
+        assert_int_equal(s.most, cases[i].most);
+    }
+    assert_int_equal(set_check(copier, set, 60), 0);
     bn_gpu_set_free(set);
 }
 
@@ -636,13 +659,13 @@ static void every_call_fails(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(full_device),      cmocka_unit_test(direct),
-        cmocka_unit_test(direct_extents),   cmocka_unit_test(bad_specs),
-        cmocka_unit_test(streamed),         cmocka_unit_test(streamed_extents),
-        cmocka_unit_test(callback_fails),   cmocka_unit_test(cancelled),
-        cmocka_unit_test(many_jobs),        cmocka_unit_test(shared_buffers),
-        cmocka_unit_test(held_buffers),     cmocka_unit_test(context_fails),
-        cmocka_unit_test(every_call_fails),
+        cmocka_unit_test(full_device),        cmocka_unit_test(direct),
+        cmocka_unit_test(direct_extents),     cmocka_unit_test(bad_specs),
+        cmocka_unit_test(streamed),           cmocka_unit_test(streamed_extents),
+        cmocka_unit_test(streamed_in_pieces), cmocka_unit_test(callback_fails),
+        cmocka_unit_test(cancelled),          cmocka_unit_test(many_jobs),
+        cmocka_unit_test(shared_buffers),     cmocka_unit_test(held_buffers),
+        cmocka_unit_test(context_fails),      cmocka_unit_test(every_call_fails),
     };
     return cmocka_run_group_tests(tests, up, down);
 }
