@@ -15,7 +15,7 @@ import libhttp
 import libsteps_live
 import libsteps_multi
 from libbench import GIB, MIB, PROGRAMS, ROOT, Failed, Skipped, cached_share, drop_from_cache, size_text, tail
-from librows import LOOPS
+from librows import LOOPS, median_range
 
 # For the driver's path with CRIU, as one has it without Bennu.
 CRIU_ALONE = ["--criu-memory"]
@@ -27,13 +27,13 @@ def sizes_for(simulated, quick):
         s = {"big": 64 * n * MIB, "block": 16 * MIB, "mid": 32 * n * MIB, "small": 2 * MIB, "load": 64 * n * MIB, "disk": 64 * n * MIB,
              "disk_test": 64 * n * MIB, "torch_gb": 0.1, "copy": 32 * n * MIB, "rest_s": 1 if quick else 3, "rounds": 2 if quick else 5,
              "slow": 1, "loop_rounds": (4, 4) if quick else (6, 12), "loop_s": 1, "loop_pairs": {"c-": 2, "": 1}, "scale": 256 if quick else 64, "hash": 16 * n * MIB, "hash_chunks": 12 * n,
-             "rewrite": 8 * n * MIB, "period": 20, "hot": 4 * n * MIB, "window": 0.1, "pause": 1, "torch_live": 1,
+             "rewrite": 8 * n * MIB, "period": 20, "hot": 4 * n * MIB, "lead": 0, "slice": 0.01, "pause": 1, "torch_live": 1,
              "multi": 32 * n * MIB}
     else:
         s = {"big": 64 * GIB, "block": GIB, "mid": 16 * GIB, "small": 2 * MIB, "load": 40 * GIB, "disk": 12 * GIB, "disk_test": 6 * GIB,
              "torch_gb": 7, "copy": 2 * GIB, "rest_s": 10, "rounds": 5, "slow": 1 if quick else 2, "loop_rounds": (5, 31) if quick else (11, 101),
              "loop_s": 2 if quick else 9, "loop_pairs": {"c-": 3, "": 2}, "scale": 1,
-             "hash": 64 * GIB, "hash_chunks": 4096, "rewrite": 20 * GIB, "period": 250, "hot": 4 * GIB, "window": 3, "pause": 3, "torch_live": 36,
+             "hash": 64 * GIB, "hash_chunks": 4096, "rewrite": 20 * GIB, "period": 250, "hot": 4 * GIB, "lead": 0.2, "slice": 0.2, "pause": 3, "torch_live": 36,
              "multi": 32 * GIB}
         if quick:
             s.update(big=16 * GIB, mid=4 * GIB, load=8 * GIB, disk=4 * GIB, disk_test=2 * GIB, rounds=3, hash=16 * GIB, rewrite=4 * GIB,
@@ -52,7 +52,7 @@ class Steps(libsteps_live.LiveSteps, libsteps_multi.MultiSteps):
         return [("link", self.link, 120, 20), ("gate", self.gate, 90, 20), ("hash", self.hash, 120, 15),
                 ("rest", self.rest, 90, 30), ("suspend", self.suspend, 180, 55), ("driver", self.driver, 200, 80), ("blocks", self.blocks, 150, 50), ("gpu-tier", self.gpu_tier, 150, 30),
                 ("overhead", self.overhead, 240, 100), ("pytorch", self.pytorch, 300, 120), ("load", self.load, 200, 60),
-                ("live", self.live, 240, 120), ("rewrite", self.rewrite, 150, 35), ("copying", self.copying, 280, 215), ("disturb", self.disturb, 300, 190),
+                ("live", self.live, 240, 120), ("rewrite", self.rewrite, 150, 35), ("copying", self.copying, 280, 215),
                 ("disk", self.disk, 240, 80), ("llm", self.llm, 300, 120), ("replicas", self.replicas, 200, 50), ("multi", self.multi, 180, 60)]
 
     def memory_needed(self, step):
@@ -60,7 +60,7 @@ class Steps(libsteps_live.LiveSteps, libsteps_multi.MultiSteps):
         big = self.s["big"] + self.s["big"] // 16
         extra = (1 if self.t.simulated else 8) * GIB // (8 if self.t.simulated else 1)
         return {"suspend": big, "driver": big, "blocks": self.s["mid"], "load": self.s["load"] + extra, "live": self.s["load"] + extra,
-                "copying": self.s["load"] + 2 * extra, "disturb": 3 * self.s["mid"], "rewrite": self.s["rewrite"] + extra,
+                "copying": self.s["load"] + 2 * extra, "rewrite": self.s["rewrite"] + extra,
                 "replicas": 3 * extra, "rest": self.s["mid"], "pytorch": 3 * extra, "llm": 3 * extra, "disk": self.s["disk"] + extra,
                 "multi": 2 * self.s["multi"] + self.s["multi"] // 8}.get(step, 0)
 
@@ -454,12 +454,6 @@ class Steps(libsteps_live.LiveSteps, libsteps_multi.MultiSteps):
 def run_pair(pair, loop, turned):
     """One round of a loop in both programs of a pair, one after the other: {"with": seconds, "without": seconds}."""
     return {which: float(program.ask(loop, rf"^{loop} ([\d.]+)$")[1]) for which, program in (pair[::-1] if turned else pair)}
-
-
-def median_range(values):
-    """Where the median of what these values are a sample of lies, with 95 %: order statistics, so no shape of it is assumed."""
-    values, half = sorted(values), 0.98 * len(values) ** 0.5
-    return values[max(0, int(len(values) / 2 - half))], values[min(len(values) - 1, int(len(values) / 2 + half))]
 
 
 def need_torch(t):

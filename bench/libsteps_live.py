@@ -2,17 +2,19 @@
 """Steps of bench/run: hashes, and checkpoints of programs that run on meanwhile."""
 
 import concurrent.futures
+import os
 import pathlib
 import re
 import shutil
+import signal
 import socket
 import statistics
 import sys
-import tempfile
 import time
 
 import libhttp
 from libbench import MIB, PROGRAMS, ROOT, Failed, Skipped, tail
+from librows import median_range
 
 
 def steps_of(program):
@@ -32,9 +34,16 @@ def steps_in(program, began, ended):
     return [b - a for a, b in zip(ends[first:last], ends[first + 1:last + 1])]
 
 
-def slower(of, these, before, after):
-    """By how many % each of these windows' steps are slower than those of the windows before and after it, by `of` (a mean, a median)."""
-    return [(of(w) / statistics.mean((of(b), of(a))) - 1) * 100 for w, b, a in zip(these, before, after)]
+def steps_within(ends, began, ended):
+    """The times of those steps that began and ended between these two times."""
+    return [b - a for a, b in zip(ends, ends[1:]) if a >= began and b <= ended]
+
+
+def slower_by_turns(ends, windows):
+    """Of windows [(began, ended)] by turns, the first without and the second with something: by how many % the mean step in each one with it
+    is slower than in the two beside it."""
+    means = [statistics.mean(steps) if (steps := steps_within(ends, *w)) else None for w in windows]
+    return [(m / statistics.mean((a, b)) - 1) * 100 for a, m, b in zip(means[::2], means[1::2], means[2::2]) if a and m and b]
 
 
 def longest_gap(program, began, ended):
@@ -73,20 +82,8 @@ def criu_stats(folder):
 
 
 def private_of(pid):
-    """{mapped file, or what else it is: bytes that are in memory and its alone and were written}: about what CRIU has to write of a process."""
-    found, name = {}, ""
-    for line in pathlib.Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        if header := re.match(r"[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \S+\s*(.*)$", line):
-            name = header[1] or "anonymous"
-        elif line.startswith("Private_Dirty:"):
-            found[name] = found.get(name, 0) + int(line.split()[1]) * 1024
-    return found
-
-
-def most_grown(old, new):
-    """(bytes, which three grew most)"""
-    grown = sorted(((new.get(n, 0) - old.get(n, 0), n) for n in new), reverse=True)
-    return sum(new.values()) - sum(old.values()), ", ".join(f"{n} {b / 1e6:.1f} MB" for b, n in grown[:3] if b > 0)
+    """Bytes that are in its memory, its alone, and were written: about what CRIU has to write of a process."""
+    return 1024 * sum(map(int, re.findall(r"^Private_Dirty: +(\d+) kB", pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)))
 
 
 def own_bytes(folder):
@@ -198,99 +195,66 @@ class LiveSteps:
         self.add("rewrite.gates", f"{what}, --leave-running: gates closed until they are open again", gates)
         self.add("rewrite.pause", f"{what}, --leave-running: longest step of the program", whole)
 
-    def beside(self, key, text, program, rounds, work, clear=lambda: None):
-        """Its steps while work() does something, beside those right before and right after: a drift takes itself out. clear() is no part of
-        either. What work() returned."""
-        s = self.s
-
-        def undisturbed():
-            began = time.monotonic()
-            time.sleep(s["window"])
-            return steps_in(program, began, time.monotonic())
-        without, with_, answers = [undisturbed()], [], []
-        for _ in range(rounds):
-            began = time.monotonic()
-            answers.append(work())
-            with_.append(steps_in(program, began, time.monotonic()))
-            clear()
-            without.append(undisturbed())
-        self.add(f"{key}.without", f"{text}: a step, before and after", [statistics.mean(w) for w in without])
-        self.add(f"{key}.with", f"{text}: a step", [statistics.mean(w) for w in with_])
-        for what, of in (("mean", statistics.mean), ("median", statistics.median)):
-            self.add(f"{key}.{what}", f"{text}: slower by the {what} step", slower(of, with_, without, without[1:]), "%",
-                     note=f"{what}s of all steps; before and after it")
-            if rounds > 1:
-                self.add(f"{key}.{what}_none", f"{text}: slower by the {what} step with nothing done, which is the noise",
-                         slower(of, without[1:], without, without[2:]), "%", note="each undisturbed window against its two neighbours")
-        return answers
-
-    def pre_dumping(self, program, *options):
-        """For beside(): what copies (bytes / time, GB/s), and what drops that again."""
-        def copy():
-            began = time.monotonic()
-            a = self.t.timed(["pre-dump", "--json", *options, program.pid], 200)
-            return a.data["sent_bytes"] / 1e9 / (time.monotonic() - began)
-        return copy, lambda: self.t.timed(["pre-dump", "--json", "--drop", program.pid], 60)
+    def by_turns(self, program, stop, work):
+        """[(began, ended)]: windows of the time that work() takes, in which the process `stop` is stopped and goes on by turns; the first and the
+        last are windows in which it is stopped. None: nobody is. A drift of the program, or of the machine, takes itself out in pairs of short
+        windows."""
+        windows, send = [], (lambda number: os.kill(stop, number)) if stop else (lambda number: None)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            job = pool.submit(work)
+            try:
+                concurrent.futures.wait([job], self.s["lead"])
+                while not job.done():
+                    send(signal.SIGSTOP)
+                    began = time.monotonic()
+                    time.sleep(self.s["slice"])
+                    windows.append((began, time.monotonic()))
+                    send(signal.SIGCONT)
+                    began = time.monotonic()
+                    concurrent.futures.wait([job], self.s["slice"])
+                    windows.append((began, time.monotonic()))
+            finally:
+                send(signal.SIGCONT)
+            job.result()
+        if len(windows) < 4:
+            raise Failed(f"what a program is to be slowed by was done in {self.s['lead']} s")
+        return windows[:-1]  # in the last the work ended
 
     def slowed(self, key, text, program, rounds):
-        """Its steps while bennu pre-dump copies."""
-        rates = self.beside(f"copying.{key}", f"{text}, while bennu pre-dump copies", program, rounds, *self.pre_dumping(program))
-        program.check()
-        self.add(f"copying.{key}.rate", f"{text}: bytes that pre-dump copies meanwhile / its time", rates, "GB/s", "higher",
-                 note="into a tmpfs")
+        """By how much its steps are slower while bennu pre-dump copies; and while nobody does, which is the noise."""
+        def copy():
+            """GB/s of the whole command."""
+            began = time.monotonic()
+            a = self.t.timed(["pre-dump", "--json", program.pid], 200)
+            return a.data["sent_bytes"] / 1e9 / (time.monotonic() - began)
 
-    def written(self, threads):
-        """That many threads write into a tmpfs for a window; bytes / time, GB/s."""
-        data, end, written = bytearray(16 * MIB), time.monotonic() + self.s["window"], [0] * threads
-        room = self.s["mid"] // threads
+        def drop():
+            self.t.timed(["pre-dump", "--json", "--drop", program.pid], 60)
 
-        def write(i):
-            with tempfile.TemporaryFile(dir=self.t.tmpfs(), buffering=0) as f:
-                while time.monotonic() < end:
-                    written[i] += f.write(data)
-                    if f.tell() >= room:
-                        f.seek(0)
-                        f.truncate()
-        began = time.monotonic()
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            list(pool.map(write, range(threads)))
-        return sum(written) / 1e9 / (time.monotonic() - began)
-
-    def moved(self, other):
-        """Another program's memory goes to the host and back for a window, without a CPU that copies; bytes / time, GB/s."""
-        began, bytes_ = time.monotonic(), 0
-        while time.monotonic() < began + self.s["window"]:
-            for a in (self.t.suspend(other, "--keep-context"), self.t.resume(other)):
-                bytes_ += a.copy()[1]
-        return bytes_ / 1e9 / (time.monotonic() - began)
+        text, began, windows = f"{text}, while bennu pre-dump copies", time.monotonic(), []
+        rate, whole = copy(), steps_in(program, began, time.monotonic())
+        drop()
+        for _ in range(rounds):
+            windows.append(self.by_turns(program, self.t.daemon.pid, copy))
+            drop()
+        quiet = self.by_turns(program, None, lambda: time.sleep(windows[-1][-1][1] - windows[-1][0][0]))
+        for figure, what, found in (("slower", "slower by", windows), ("noise", "slower by, with nobody copying", [quiet])):
+            steps_in(program, found[0][0][0], found[-1][-1][1])
+            ends = steps_of(program)
+            values = [p for w in found for p in slower_by_turns(ends, w)]
+            if not values:
+                raise Failed(f"{program.name} took no whole step in windows of {self.s['slice']} s")
+            low, high = median_range(values)
+            self.add(f"{key}.{figure}", f"{text}: {what}", values, "%", note=f"windows of {self.s['slice']} s, each against the two beside it; their "
+                     f"median lies within {low:.1f} and {high:.1f}, their mean is {statistics.mean(values):.1f}")
+        usual = [s for w in quiet for s in steps_within(ends, *w)]
+        self.add(f"{key}.whole", f"{text}: slower by, from the command's start to its end", (statistics.mean(whole) / statistics.mean(usual) - 1) * 100, "%",
+                 note="one pre-dump, its two pauses included, against all of the time with nobody copying")
+        self.add(f"{key}.rate", f"{text}: bytes / time", rate, "GB/s", "higher", note="into a tmpfs")
 
     def memory_loop(self, size):
         """What to run for a loop that is bound by the GPU's memory, with so many bytes on the GPU."""
         return [self.t.bin / "bench/bench-step", "--kernels", ROOT / "sim/kernels.ptx", "--cold", size - self.s["hot"], "--hot", self.s["hot"]]
-
-    def disturb(self):
-        """What makes a program slower that decodes, or is bound by the GPU's memory: copying as it is, copying slowly, the CPU's part of it alone,
-        the link's part of it alone."""
-        t, s = self.t, self.s
-        self.need_live()
-        t.start_daemon("--spool", t.tmpfs() / "spool")
-        other = t.hold(s["mid"], s["block"])
-        t.suspend(other)  # pins the pool's memory
-        t.resume(other)
-        programs = [("memory", "memory-bound loop", self.memory_loop(s["mid"]))]
-        if not t.simulated:
-            self.need_torch()
-            programs.append(("decode", "PyTorch decoding", [sys.executable, PROGRAMS / "decode.py", "--gb", s["torch_gb"]]))
-        for key, text, argv in programs:
-            program = t.start(f"disturbed-{key}", argv)
-            program.wait_for(r"^step 30 ", "its 30th step", 200)
-            for what, doing, work in (("copied", "while bennu pre-dump copies", self.pre_dumping(program)),
-                                      ("slowly", "while bennu pre-dump copies 2 GB/s at most", self.pre_dumping(program, "--bandwidth", "2G")),
-                                      ("written", "while 4 threads write into a tmpfs", [lambda: self.written(4)]),
-                                      ("link", "while another's memory goes to the host and back", [lambda: self.moved(other)])):
-                rates = self.beside(f"disturb.{key}.{what}", f"{text}, {doing}", program, min(s["rounds"], 3), *work)
-                self.add(f"disturb.{key}.{what}.rate", f"{text}, {doing}: bytes / time", rates, "GB/s", "higher")
-            program.kill()
 
     def copying(self):
         """What a program loses while its memory is copied, and how long a live dump stops PyTorch."""
@@ -299,35 +263,32 @@ class LiveSteps:
         t.start_daemon("--spool", t.tmpfs() / "spool")
         program = t.start("memory-loop", self.memory_loop(s["load"]))
         program.wait_for(r"^step 3 ", "its third step", 120)
-        self.slowed("memory", f"memory-bound loop of {s['hot_text']}, {s['load_text']} on the GPU", program, min(s["rounds"], 3))
+        self.slowed("copying.memory", f"memory-bound loop of {s['hot_text']}, {s['load_text']} on the GPU", program, 2)
+        program.check()
         program.kill()
         self.need_torch()
         for key, argv, what in (("torch", ["--gb", s["torch_live"]], f"PyTorch decoding, {s['torch_live'] + 4} GB on the GPU"),
                                 ("empty", ["--shape", "tiny"], "PyTorch decoding with a tiny model")):
             program = t.start(f"decode-{key}", [sys.executable, PROGRAMS / "decode.py", *argv])
             program.wait_for(r"^step 30 ", "its 30th token", 200)
-            gaps, costs, last, grew = [], {}, None, {}
+            gaps, costs = [], {}
             for _ in range(s["rounds"]):
                 folder = self.live_folder()
-                maps = pathlib.Path(f"/proc/{program.pid}/maps").read_text().count("\n")
-                private, began = private_of(program.pid), time.monotonic()
+                maps, private, began = pathlib.Path(f"/proc/{program.pid}/maps").read_text().count("\n"), private_of(program.pid), time.monotonic()
                 t.timed(["dump", "--json", "--live", "--leave-running", program.pid, folder], 200)
                 gaps.append(longest_gap(program, began, time.monotonic()))
-                for name, value in {**criu_stats(folder), "mappings": maps, "private_bytes": sum(private.values())}.items():
+                for name, value in {**criu_stats(folder), "mappings": maps, "private_bytes": private}.items():
                     costs.setdefault(name, []).append(value)
-                for when, old, new in (("since the last dump", last, private), ("by the dump", private, last := private_of(program.pid))):
-                    if old is not None:
-                        grew.setdefault(when, []).append(most_grown(old, new))
                 shutil.rmtree(folder)
             self.add(f"pause.{key}", f"dump --live --leave-running, {what}: longest token", gaps, note="into a tmpfs")
             for name, values in costs.items():
                 self.add(f"pause.{key}.{name}", f"dump --live --leave-running, {what}: {name.replace('_', ' ')}", values,
                          "s" if name.endswith("time") else "bytes" if name.endswith("bytes") else "", note="" if name in ("mappings", "private_bytes") else "CRIU's")
-            for when, values in grew.items():
-                self.add(f"pause.{key}.grew {when}", f"dump --live --leave-running, {what}: private memory more {when}", [b for b, _ in values], "bytes",
-                         note=f"of the last: {values[-1][1]}")
             if key == "torch":
-                self.slowed("decode", what, program, s["rounds"])
+                for loop, text in (("decode", what), ("eager", f"{what}, without a CUDA graph")):
+                    self.slowed(f"copying.{loop}", text, program, 2)
+                    program.tell("eager")
+                program.check()
             program.kill()
 
     def replicas(self):
