@@ -160,26 +160,45 @@ static uint64_t parse_size(const char *text, uint64_t otherwise)
     return value ? value : otherwise;
 }
 
+/* The next number of a list with commas; -1 at its end, or where no number is. */
+static long next_number(const char **list)
+{
+    char *end;
+    long n = strtol(*list, &end, 10);
+
+    if (end == *list)
+        return -1;
+    *list = *end == ',' ? end + 1 : end;
+    return n;
+}
+
+/* Those whose device files are there: BENNU_SIM_FILES, or all. */
+static int choose_files(int found[SIM_MAX_DEVICES])
+{
+    const char *files = getenv("BENNU_SIM_FILES");
+    int n = 0;
+    long file;
+
+    while (files && (file = next_number(&files)) >= 0)
+        if (file < sim.machine_devices)
+            sim.has_file[file] = true;
+    for (int i = 0; i < sim.machine_devices; i++)
+        if (sim.has_file[i] |= !getenv("BENNU_SIM_FILES"))
+            found[n++] = i;
+    return n;
+}
+
 /* CUDA_VISIBLE_DEVICES as a list of numbers; the first that is no device ends it, as with the real driver. */
 static void choose_devices(void)
 {
     const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+    int found[SIM_MAX_DEVICES], count = choose_files(found);
+    long n;
 
     sim.devices = 0;
-    if (!visible) {
-        for (; sim.devices < sim.machine_devices; sim.devices++)
-            sim.physical[sim.devices] = sim.shown[sim.devices] = sim.devices;
-        return;
-    }
-    while (*visible && sim.devices < sim.machine_devices) {
-        char *end;
-        long n = strtol(visible, &end, 10);
-
-        if (end == visible || n < 0 || n >= sim.machine_devices)
-            break;
-        sim.physical[sim.devices] = sim.shown[sim.devices] = (int)n;
+    while (sim.devices < count && (n = visible ? next_number(&visible) : sim.devices) >= 0 && n < count) {
+        sim.physical[sim.devices] = sim.shown[sim.devices] = found[n];
         sim.devices++;
-        visible = *end == ',' ? end + 1 : end;
     }
 }
 

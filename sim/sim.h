@@ -189,7 +189,8 @@ struct sim {
     int physical[SIM_MAX_DEVICES]; /* which of the machine's devices an ordinal stands for */
     int shown[SIM_MAX_DEVICES];    /* what it calls itself: as it was at cuInit */
     int machine_devices;
-    uint64_t memory; /* of each device, bytes */
+    bool has_file[SIM_MAX_DEVICES]; /* the machine's devices that it can open: all, but in a container */
+    uint64_t memory;                /* of each device, bytes */
     int version;
     bool mps, strict;
     uint64_t state_size;

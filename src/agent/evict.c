@@ -453,7 +453,7 @@ static int import_one(const struct bn_agent_segment *want, int fd, struct bn_ans
                               "it can have no more open descriptors (ulimit -n) for segment %llu", id);
     if (r != CUDA_SUCCESS) {
         cannot("imported", id, r, a);
-        if (r == CUDA_ERROR_NOT_INITIALIZED)
+        if (r == CUDA_ERROR_NOT_INITIALIZED || r == CUDA_ERROR_INVALID_DEVICE) /* the latter in a container */
             a->head.error = ENODEV;
         return -a->head.error;
     }

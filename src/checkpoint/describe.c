@@ -64,6 +64,22 @@ static int add_process(struct bn_manifest *m, struct bn_gpu *gpu, const struct b
     return m->n_gpus == 0 && first ? (gpu_index(m, gpu, 0, first->uuid) < 0 ? -ENOMEM : 0) : 0;
 }
 
+/* Those that none of the processes has anything on. */
+static int note_others(struct bn_manifest *m, struct bn_gpu *gpu)
+{
+    uint8_t uuids[BN_MANIFEST_GPUS_MAX][16];
+    unsigned n = bn_gpu_machine(gpu, uuids, BN_MANIFEST_GPUS_MAX);
+    for (unsigned i = 0; i < n; i++) {
+        if (bn_manifest_has_gpu(m, uuids[i]))
+            continue;
+        uint8_t(*other)[16] = bn_manifest_add_other(m);
+        if (!other)
+            return -ENOMEM;
+        memcpy(*other, uuids[i], sizeof(*other));
+    }
+    return 0;
+}
+
 static void note_stdio(struct bn_manifest *m, pid_t root)
 {
     for (int fd = 0; fd < 3; fd++) {
@@ -90,6 +106,8 @@ int bn_describe(struct bn_quiesce *q, struct bn_manifest **out, struct bn_error 
     for (size_t i = 0; i < q->targets.n; i++)
         if (add_process(m, q->env->gpu, &q->targets.v[i]) < 0)
             return bn_error_set(err, ENOMEM, "manifest", "out of memory");
+    if (note_others(m, q->env->gpu) < 0)
+        return bn_error_set(err, ENOMEM, "manifest", "out of memory");
     int r = bn_manifest_layout(m, err);
     if (r < 0)
         return r;

@@ -141,7 +141,7 @@ static int restore(struct bn_quiesce *q, struct bn_target *t, struct bn_error *e
         return bn_error_set(err, EIO, "driver-restore",
                             "the driver has lost the GPU state of process %d, which can only be killed",
                             t->pid);
-    return bn_target_restore(t, q->env->gpu, q->pairs, q->npairs, err);
+    return bn_target_restore(t, q->env->gpu, q->pairs, err);
 }
 static int up_restore(struct bn_quiesce *q, struct bn_error *err)
 {

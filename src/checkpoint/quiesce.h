@@ -44,8 +44,7 @@ struct bn_quiesce {
     bool copy_failed;
 
     /* For the driver's restore on other GPUs than before; NULL: the same ones. */
-    const struct bn_ckpt_pair *pairs;
-    size_t npairs;
+    const struct bn_ckpt_pairs *pairs;
 };
 
 /* A place at which tests may have the daemon killed or stopped: `when` is begin, one (a first process is through) or end. */

@@ -328,13 +328,13 @@ int bn_target_checkpoint(struct bn_target *t, struct bn_gpu *gpu, struct bn_erro
     return r;
 }
 
-int bn_target_restore(struct bn_target *t, struct bn_gpu *gpu, const struct bn_ckpt_pair *pairs,
-                      size_t npairs, struct bn_error *err)
+int bn_target_restore(struct bn_target *t, struct bn_gpu *gpu, const struct bn_ckpt_pairs *pairs,
+                      struct bn_error *err)
 {
     if (!t->checkpointed)
         return 0;
     bool asked;
-    int r = bn_ckpt_restore(gpu, t->pid, pairs, npairs, &asked, err);
+    int r = bn_ckpt_restore(gpu, t->pid, pairs, &asked, err);
     if (r == 0)
         t->checkpointed = t->lost = false;
     else if (asked && r != -ESRCH)

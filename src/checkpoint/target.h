@@ -111,8 +111,8 @@ int bn_target_lock(struct bn_target *t, struct bn_gpu *gpu, unsigned timeout_ms,
 int bn_target_checkpoint(struct bn_target *t, struct bn_gpu *gpu, struct bn_error *err);
 
 /* Backwards; each does nothing where its flag says so. */
-int bn_target_restore(struct bn_target *t, struct bn_gpu *gpu, const struct bn_ckpt_pair *pairs,
-                      size_t npairs, struct bn_error *err);
+int bn_target_restore(struct bn_target *t, struct bn_gpu *gpu, const struct bn_ckpt_pairs *pairs,
+                      struct bn_error *err);
 int bn_target_unlock(struct bn_target *t, struct bn_gpu *gpu, struct bn_error *err);
 /* Anew, empty, where one is missing of a target that lives and is evicted. On failure some may have been created. */
 int bn_targets_create_sets(struct bn_targets *targets, struct bn_gpu *gpu, struct bn_error *err);

@@ -323,26 +323,29 @@ int bn_ckpt_checkpoint(struct bn_gpu *gpu, pid_t pid, struct bn_error *err)
     return c == CUDA_SUCCESS ? 0 : step_failed(gpu, CHECKPOINT, pid, c, err);
 }
 
-int bn_ckpt_restore(struct bn_gpu *gpu, pid_t pid, const struct bn_ckpt_pair *pairs, size_t n, bool *asked,
+/* n 0: onto the GPUs it came from. */
+static CUresult ask_restore(struct bn_gpu *gpu, pid_t pid, const struct bn_ckpt_pairs *pairs, size_t n)
+{
+    CUcheckpointGpuPair map[BN_CKPT_PAIRS_MAX];
+    for (size_t i = 0; i < n; i++) {
+        memcpy(map[i].oldUuid.bytes, pairs->v[i].from, 16);
+        memcpy(map[i].newUuid.bytes, pairs->v[i].to, 16);
+    }
+    CUcheckpointRestoreArgs args = {.gpuPairs = n ? map : NULL, .gpuPairsCount = (unsigned)n};
+    return gpu->cu.CheckpointRestore(pid, &args);
+}
+
+int bn_ckpt_restore(struct bn_gpu *gpu, pid_t pid, const struct bn_ckpt_pairs *pairs, bool *asked,
                     struct bn_error *err)
 {
     *asked = false;
-    if (!pairs)
-        n = 0;
-    int r = prepare(gpu, RESTORE, pid, n > 0, err);
+    int r = prepare(gpu, RESTORE, pid, pairs != NULL, err);
     if (r < 0)
         return r;
-    if (n > BN_GPU_DEVICES_MAX)
-        return bn_error_set(err, EINVAL, steps[RESTORE].stage, "%zu GPUs are too many.", n);
-
-    CUcheckpointGpuPair map[BN_GPU_DEVICES_MAX];
-    for (size_t i = 0; i < n; i++) {
-        memcpy(map[i].oldUuid.bytes, pairs[i].from, 16);
-        memcpy(map[i].newUuid.bytes, pairs[i].to, 16);
-    }
-    CUcheckpointRestoreArgs args = {.gpuPairs = n ? map : NULL, .gpuPairsCount = (unsigned)n};
     *asked = true;
-    CUresult c = gpu->cu.CheckpointRestore(pid, &args);
+    CUresult c = ask_restore(gpu, pid, pairs, pairs ? pairs->n : 0);
+    if (c == CUDA_ERROR_INVALID_VALUE && pairs && pairs->used < pairs->n)
+        c = ask_restore(gpu, pid, pairs, pairs->used);
     return c == CUDA_SUCCESS ? 0 : step_failed(gpu, RESTORE, pid, c, err);
 }
 

@@ -302,6 +302,15 @@ int bn_ckpt_thread(struct bn_gpu *gpu, pid_t pid, pid_t *tid, struct bn_error *e
 struct bn_ckpt_pair {
     uint8_t from[16], to[16]; /* UUIDs */
 };
+/* Which GPU takes the place of which, for a restore. The driver wants to hear of each GPU that the process could have used, no more and no
+ * less: of all those of the machine that it was checkpointed on (the whole list), or, in a container, of those whose device files it had
+ * (driver 580). Which of the two it is is tried out, as a list that is refused changes nothing. */
+#define BN_CKPT_PAIRS_MAX 64u
+struct bn_ckpt_pairs {
+    struct bn_ckpt_pair v[BN_CKPT_PAIRS_MAX];
+    size_t n;
+    size_t used; /* so many, the first ones, are those that the checkpoint has memory of */
+};
 
 /* The four steps; each blocks as long as the driver needs, in lock at most timeout_ms (0: no limit). Errors:
  *   -ESRCH    no such process
@@ -315,8 +324,8 @@ struct bn_ckpt_pair {
  * After a failed checkpoint the process is still locked: unlock it. */
 int bn_ckpt_lock(struct bn_gpu *gpu, pid_t pid, unsigned timeout_ms, struct bn_error *err);
 int bn_ckpt_checkpoint(struct bn_gpu *gpu, pid_t pid, struct bn_error *err);
-/* `pairs` NULL: onto the GPUs it came from. Otherwise every GPU of the machine must be listed, same chip
- * type each. *asked: whether the driver was called; otherwise everything is as it was. */
-int bn_ckpt_restore(struct bn_gpu *gpu, pid_t pid, const struct bn_ckpt_pair *pairs, size_t n, bool *asked,
+/* `pairs` NULL: onto the GPUs it came from; otherwise those of one pair are of one chip. *asked: whether the driver was called; otherwise
+ * everything is as it was. */
+int bn_ckpt_restore(struct bn_gpu *gpu, pid_t pid, const struct bn_ckpt_pairs *pairs, bool *asked,
                     struct bn_error *err);
 int bn_ckpt_unlock(struct bn_gpu *gpu, pid_t pid, struct bn_error *err);

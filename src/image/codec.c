@@ -21,6 +21,7 @@ enum section {
     SECTION_CHUNKS = 5,
     SECTION_PACKS = 6,
     SECTION_PHASES = 7,
+    SECTION_OTHERS = 8, /* no manifest has to have it, or what comes after it */
 };
 #define SECTION_MUST 1u /* a reader that does not know the section refuses the manifest */
 
@@ -156,6 +157,15 @@ static void put_phases(struct bn_writer *w, const struct bn_manifest *m)
     end(w, at);
 }
 
+static void put_others(struct bn_writer *w, const struct bn_manifest *m)
+{
+    size_t at = begin(w, SECTION_OTHERS, 0);
+    bn_write_u32(w, m->n_others);
+    for (uint32_t i = 0; i < m->n_others; i++)
+        bn_write_bytes(w, m->others[i], sizeof(m->others[i]));
+    end(w, at);
+}
+
 #define KEY_AT (HEADER_SIZE - BN_HASH_KEY_SIZE)
 #define TOTAL_AT (KEY_AT - 8)
 
@@ -188,6 +198,8 @@ int bn_manifest_encode_unchecked(const struct bn_manifest *m, void **out, size_t
     put_chunks(&w, m);
     put_packs(&w, m);
     put_phases(&w, m);
+    if (m->n_others > 0)
+        put_others(&w, m);
     uint8_t room[TRAILER_SIZE] = {0};
     bn_write_bytes(&w, room, sizeof(room));
     if (w.failed)
@@ -370,6 +382,15 @@ static int get_phases(struct bn_reader *r, struct bn_manifest *m, struct bn_erro
     return rc;
 }
 
+static int get_others(struct bn_reader *r, struct bn_manifest *m, struct bn_error *err)
+{
+    int rc = get_array(r, "other GPUs", BN_MANIFEST_GPUS_MAX, sizeof(*m->others), sizeof(*m->others),
+                       (void **)&m->others, &m->n_others, err);
+    for (uint32_t i = 0; rc == 0 && i < m->n_others; i++)
+        get_fixed(r, m->others[i], sizeof(m->others[i]));
+    return rc;
+}
+
 typedef int section_fn(struct bn_reader *r, struct bn_manifest *m, struct bn_error *err);
 
 static const struct {
@@ -383,6 +404,7 @@ static const struct {
     [SECTION_CHUNKS] = {get_chunks, "chunks"},
     [SECTION_PACKS] = {get_packs, "packs"},
     [SECTION_PHASES] = {get_phases, "phases"},
+    [SECTION_OTHERS] = {get_others, "other GPUs"},
 };
 
 static int get_section(struct bn_reader *r, uint32_t *last, struct bn_manifest *m, struct bn_error *err)
@@ -464,7 +486,7 @@ int bn_manifest_decode(const void *data, size_t len, struct bn_manifest **out, s
         rc = get_section(&r, &last, m, err);
         seen |= last < 32 ? 1u << last : 0;
     }
-    for (uint32_t i = 1; rc == 0 && i < BN_ARRAY_SIZE(sections); i++)
+    for (uint32_t i = 1; rc == 0 && i < SECTION_OTHERS; i++)
         if (!(seen & 1u << i))
             rc = BAD(err, "the section of the %s is missing", sections[i].name);
     if (rc == 0) {

@@ -28,6 +28,7 @@ void bn_manifest_free(struct bn_manifest *m)
     for (uint32_t i = 0; i < m->n_processes; i++)
         free(m->processes[i].segments);
     free(m->gpus);
+    free(m->others);
     free(m->processes);
     free(m->chunks);
     free(m->packs);
@@ -55,6 +56,19 @@ static void *append(void **array, uint32_t *n, size_t size, uint32_t max)
 struct bn_image_gpu *bn_manifest_add_gpu(struct bn_manifest *m)
 {
     return append((void **)&m->gpus, &m->n_gpus, sizeof(*m->gpus), BN_MANIFEST_GPUS_MAX);
+}
+
+uint8_t (*bn_manifest_add_other(struct bn_manifest *m))[16]
+{
+    return append((void **)&m->others, &m->n_others, sizeof(*m->others), BN_MANIFEST_GPUS_MAX);
+}
+
+bool bn_manifest_has_gpu(const struct bn_manifest *m, const uint8_t uuid[16])
+{
+    for (uint32_t g = 0; g < m->n_gpus; g++)
+        if (memcmp(m->gpus[g].uuid, uuid, sizeof(m->gpus[g].uuid)) == 0)
+            return true;
+    return false;
 }
 
 struct bn_image_process *bn_manifest_add_process(struct bn_manifest *m)

@@ -101,6 +101,8 @@ struct bn_manifest {
 
     struct bn_image_gpu *gpus;
     uint32_t n_gpus;
+    uint8_t (*others)[16]; /* UUIDs of the GPUs of the machine that are none of them */
+    uint32_t n_others;
     struct bn_image_process *processes;
     uint32_t n_processes;
     struct bn_image_chunk *chunks;
@@ -127,6 +129,7 @@ static inline void bn_cleanup_manifest(struct bn_manifest **m)
 /* Append a zeroed record and return it, to be filled in; NULL when out of memory or beyond the limit. The pointer is good
  * until the next record of that kind is added. */
 struct bn_image_gpu *bn_manifest_add_gpu(struct bn_manifest *m);
+uint8_t (*bn_manifest_add_other(struct bn_manifest *m))[16]; /* of the machine's GPUs */
 struct bn_image_process *bn_manifest_add_process(struct bn_manifest *m);
 struct bn_image_segment *bn_process_add_segment(struct bn_image_process *p);
 /* 0, -ENOMEM or -E2BIG. A longer name is cut. */
@@ -171,6 +174,9 @@ int bn_manifest_encode(const struct bn_manifest *m, void **out, size_t *len, str
 /* Decode. -EBADMSG: truncated, changed or malformed; -EPROTONOSUPPORT: made by a newer Bennu; -ENOMEM. On success the
  * manifest is valid in the sense of bn_manifest_validate(); the caller frees it. */
 int bn_manifest_decode(const void *data, size_t len, struct bn_manifest **out, struct bn_error *err);
+
+/* Whether a GPU with this UUID is one of `gpus`. */
+bool bn_manifest_has_gpu(const struct bn_manifest *m, const uint8_t uuid[16]);
 
 /* Encodes without validating: for tests that need a wrong manifest with a right checksum. */
 int bn_manifest_encode_unchecked(const struct bn_manifest *m, void **out, size_t *len);

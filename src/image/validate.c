@@ -142,6 +142,8 @@ static int check_limits(const struct bn_manifest *m, struct bn_error *err)
 {
     if (m->n_gpus > BN_MANIFEST_GPUS_MAX)
         return MANY(err, "%u GPUs, at most %u are allowed", m->n_gpus, BN_MANIFEST_GPUS_MAX);
+    if (m->n_others > BN_MANIFEST_GPUS_MAX)
+        return MANY(err, "%u other GPUs, at most %u are allowed", m->n_others, BN_MANIFEST_GPUS_MAX);
     if (m->n_processes > BN_MANIFEST_PROCESSES_MAX)
         return MANY(err, "%u processes, at most %u are allowed", m->n_processes, BN_MANIFEST_PROCESSES_MAX);
     if (m->n_chunks > BN_MANIFEST_CHUNKS_MAX)

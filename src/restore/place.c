@@ -26,43 +26,56 @@ static int choose(struct bn_gpu *gpu, const struct bn_image_gpu *want, const boo
 }
 
 /* From one GPU to another, for the driver. */
-static void pair(struct bn_place *out, const uint8_t from[16], const uint8_t to[16])
+static void pair(struct bn_ckpt_pairs *pairs, const uint8_t from[16], const uint8_t to[16])
 {
-    struct bn_ckpt_pair *p = &out->pairs[out->npairs++];
+    if (pairs->n == BN_CKPT_PAIRS_MAX)
+        return;
+    struct bn_ckpt_pair *p = &pairs->v[pairs->n++];
     memcpy(p->from, from, 16);
     memcpy(p->to, to, 16);
 }
 
-static bool in_image(const struct bn_manifest *m, const uint8_t uuid[16])
+enum side { FROM, TO };
+
+static bool listed(const struct bn_ckpt_pairs *pairs, enum side side, const uint8_t uuid[16])
 {
-    for (uint32_t g = 0; g < m->n_gpus; g++)
-        if (memcmp(m->gpus[g].uuid, uuid, 16) == 0)
+    for (size_t i = 0; i < pairs->n; i++)
+        if (memcmp(side == FROM ? pairs->v[i].from : pairs->v[i].to, uuid, 16) == 0)
             return true;
     return false;
 }
 
-/* Driver 580 wants every GPU that the kernel has named once on either side, also those that we are not shown
- * (github.com/NVIDIA/cuda-checkpoint, issue 35). What the image did not use stays where it is, or, if that is taken, goes where the
- * image was. */
+/* A GPU that nothing has been brought to: of this machine, or, if we see no such one, one that the image has left. NULL: there is none. */
+static const uint8_t *vacant(const struct bn_ckpt_pairs *pairs, uint8_t (*here)[16], unsigned n)
+{
+    for (unsigned d = 0; d < n; d++)
+        if (!listed(pairs, TO, here[d]))
+            return here[d];
+    for (size_t i = 0; i < pairs->used; i++)
+        if (!listed(pairs, TO, pairs->v[i].from))
+            return pairs->v[i].from;
+    return NULL;
+}
+
+/* Besides the GPUs of the image the driver may want to hear of those that its machine had (struct bn_ckpt_pairs), though nothing is on them.
+ * They stay what they are, or take the place of any other. */
 static void pair_all(struct bn_gpu *gpu, const struct bn_manifest *m, struct bn_place *out)
 {
-    uint8_t uuids[BN_MANIFEST_GPUS_MAX][16];
-    bool taken[BN_MANIFEST_GPUS_MAX] = {0};
-    unsigned n = bn_gpu_machine(gpu, uuids, BN_MANIFEST_GPUS_MAX), from = 0;
-    for (uint32_t g = 0; g < m->n_gpus; g++) {
-        taken[out->dev[g]] = true;
-        pair(out, m->gpus[g].uuid, uuids[out->dev[g]]);
-    }
-    for (unsigned d = 0; d < n; d++)
-        if (!taken[d] && !in_image(m, uuids[d]))
-            pair(out, uuids[d], uuids[d]);
-    for (unsigned d = 0; d < n; d++) {
-        if (taken[d] || !in_image(m, uuids[d]))
-            continue;
-        while (from < n && (!taken[from] || in_image(m, uuids[from])))
-            from++;
-        if (from < n)
-            pair(out, uuids[from++], uuids[d]);
+    uint8_t here[BN_MANIFEST_GPUS_MAX][16];
+    unsigned n = bn_gpu_machine(gpu, here, BN_MANIFEST_GPUS_MAX);
+    struct bn_ckpt_pairs *pairs = &out->pairs;
+    for (uint32_t g = 0; g < m->n_gpus; g++)
+        pair(pairs, m->gpus[g].uuid, here[out->dev[g]]);
+    pairs->used = pairs->n;
+    for (uint32_t i = 0; i < m->n_others; i++)
+        for (unsigned d = 0; d < n; d++)
+            if (memcmp(m->others[i], here[d], 16) == 0 && !listed(pairs, TO, here[d]) &&
+                !listed(pairs, FROM, here[d]))
+                pair(pairs, here[d], here[d]);
+    for (uint32_t i = 0; i < m->n_others; i++) {
+        const uint8_t *to = listed(pairs, FROM, m->others[i]) ? NULL : vacant(pairs, here, n);
+        if (to)
+            pair(pairs, m->others[i], to);
     }
 }
 

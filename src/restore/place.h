@@ -6,9 +6,8 @@
 #include "image/manifest.h"
 
 struct bn_place {
-    unsigned dev[BN_MANIFEST_GPUS_MAX];              /* image GPU -> ours */
-    struct bn_ckpt_pair pairs[BN_MANIFEST_GPUS_MAX]; /* for the driver's restore; every GPU of the machine */
-    size_t npairs;                                   /* 0: every GPU is the very same one */
+    unsigned dev[BN_MANIFEST_GPUS_MAX]; /* image GPU -> ours */
+    struct bn_ckpt_pairs pairs;         /* for the driver's restore; none: every GPU is the very same one */
 };
 
 /* The same GPU if it is here, else one of the same chip that nothing else of the image took. -ENODEV and a text that names both

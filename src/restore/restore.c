@@ -197,8 +197,7 @@ static int begin(struct bn_restore *r, int dirfd, int lazy_pages, struct bn_erro
         rc = start_loading(r, err);
     if (rc == 0 && lazy_pages >= 0)
         rc = bn_host_fill_start(r->q.env, dirfd, lazy_pages, r->q.report, &r->host, err);
-    r->q.pairs = r->place.npairs ? r->place.pairs : NULL;
-    r->q.npairs = r->place.npairs;
+    r->q.pairs = r->place.pairs.n ? &r->place.pairs : NULL;
     return rc;
 }
 

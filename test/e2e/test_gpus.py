@@ -185,9 +185,31 @@ class Places(Gpus):
         self.ok("resume", program.pid)
         program.go_on()
 
-    def test_another_gpu_of_a_machine_that_is_not_known(self):
-        """The driver wants to hear of every GPU, and a daemon that is shown one does not know the others."""
+    def test_in_a_container_on_another_gpu(self):
+        """The program can open the device file of one GPU, so the driver wants to hear of that one alone."""
         self.start_daemon()
+        program = self.memcheck(env={"BENNU_SIM_FILES": "0"})
+        self.dump(program)
+        self.restart_daemon(1)
+        self.restore(program)
+        program.go_on()
+        for tier in ("gpu", "host"):
+            self.ok("suspend", "--to", tier, program.pid)
+            self.ok("resume", program.pid)
+            program.go_on()
+
+    def test_another_gpu_of_a_machine_that_is_not_shown(self):
+        """The driver wants to hear of every GPU. A daemon that is shown one knows the others by the checkpoint."""
+        self.start_daemon()
+        program = self.memcheck(env={"CUDA_VISIBLE_DEVICES": "0"})
+        self.dump(program)
+        self.restart_daemon(1)
+        self.restore(program)
+        program.go_on()
+
+    def test_another_gpu_of_a_machine_that_is_not_known(self):
+        """Nor did the daemon know them that made the checkpoint."""
+        self.restart_daemon(0)
         program = self.memcheck(env={"CUDA_VISIBLE_DEVICES": "0"})
         self.dump(program)
         self.restart_daemon(1)

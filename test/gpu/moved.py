@@ -110,7 +110,8 @@ class Child:
         env = {**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", **({"CUDA_VISIBLE_DEVICES": visible} if visible else {})}
         argv = [sys.executable, os.path.abspath(__file__), "program", str(device)]
         if dev:
-            argv = ["unshare", "-m", "sh", "-c", f'mount --bind "$0" /dev && exec "$@"', str(dev), *argv]
+            # libcuda would make the device files that it misses.
+            argv = ["unshare", "-m", "sh", "-c", 'mount --bind "$0" /dev && exec setpriv --bounding-set -mknod "$@"', str(dev), *argv]
         self.name = name
         self.popen = subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.pid = self.popen.pid
@@ -155,7 +156,7 @@ def move(program, gpus, lists, between=lambda: None):
     return r == 0
 
 
-ALL, USED, STAY = [(0, 1), (1, 0)], [(0, 1)], [(0, 1), (1, 1)]
+ALL, USED, STAY, SELF = [(0, 1), (1, 0)], [(0, 1)], [(0, 1), (1, 1)], [(0, 0)]
 
 
 def memory_after(gpus, visible):
@@ -213,7 +214,7 @@ def main():
         for visible in ("0", None):
             memory_after(gpus, visible)
         lists_of_pairs(gpus, [USED, STAY, ALL])
-        for lists in ([ALL, USED], [USED, ALL], [STAY, USED]):
+        for lists in ([ALL, USED], [USED, ALL], [SELF], [STAY, USED]):
             in_a_container(gpus, lists, folder)
     finally:
         shutil.rmtree(folder)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Steps of run-multi: programs on two GPUs. Each checks every byte of its memory in each round or step, and says when it has done one."""
 
+import contextlib
 import os
 import re
 import signal
@@ -56,12 +57,35 @@ def started(t, program, roles, seconds=60):
     return program
 
 
-def memcheck(t, name, *args, roles=1, visible=None):
+def memcheck(t, name, *args, roles=1, before=(), **env):
     """Driver API: allocations of all kinds. The largest: 64 MiB."""
     need_gpus(t)
     size = ["--allocs=8", "--max=5M"] if t.sim else ["--allocs=12", "--max=64M"]
-    env = {"CR_KERNELS": str(KERNELS), **({"CUDA_VISIBLE_DEVICES": visible} if visible else {})}
-    return started(t, t.start(name, [t.bin / "test/cr/memcheck", *size, *args], env=env), roles)
+    return started(t, t.start(name, [*before, t.bin / "test/cr/memcheck", *size, *args], env={"CR_KERNELS": str(KERNELS), **env}), roles)
+
+
+@contextlib.contextmanager
+def without_files(*gpus):
+    """Meanwhile nobody can open these GPUs' device files who has not done so before."""
+    away = [(f"/dev/nvidia{g}", f"/dev/.nvidia{g}.away") for g in gpus]
+    done = []
+    try:
+        for file, other in away:
+            os.rename(file, other)
+            done.append((file, other))
+        yield
+    finally:
+        for file, other in done:
+            os.rename(other, file)
+
+
+def contained(t, name, *args):
+    """memcheck as in a container that has GPU 0 alone. Without the right to, libcuda does not make the files that it misses."""
+    if t.sim:
+        return memcheck(t, name, *args, BENNU_SIM_FILES="0")
+    need_gpus(t)
+    with without_files(*range(1, GPUS)):
+        return memcheck(t, name, *args, before=["setpriv", "--bounding-set", "-mknod"])
 
 
 def torch(t, name, *args, roles=1, **env):
@@ -155,9 +179,19 @@ def numbered_otherwise(t):
 
 
 def other_gpu(t):
-    """A program that sees GPU 0 alone is restored by a daemon that sees GPU 1 alone; that is where its memory is from then on."""
+    """A program that is shown GPU 0 alone."""
+    return brought(t, lambda size: memcheck(t, "other-gpu", size, CUDA_VISIBLE_DEVICES="0"))
+
+
+def other_gpu_contained(t):
+    """A program that has the device file of GPU 0 alone, as in a container."""
+    return brought(t, lambda size: contained(t, "other-gpu-contained", size))
+
+
+def brought(t, start):
+    """It is restored by a daemon that sees GPU 1 alone; that is where its memory is from then on."""
     t.start_daemon()
-    program = memcheck(t, "other-gpu", "--min=32M" if not t.sim else "--min=1M", visible="0")
+    program = start("--min=32M" if not t.sim else "--min=1M")
     folder = t.dump(program, "multi/other GPU")
     t.start_daemon(visible="1")
     before = used(t)

@@ -68,7 +68,7 @@ static void steps(void **state)
         assert_state(&c, BN_CKPT_LOCKED);
         assert_ok(bn_ckpt_checkpoint(gpu, c.pid, &err), &err);
         assert_state(&c, BN_CKPT_CHECKPOINTED);
-        assert_ok(bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err), &err);
+        assert_ok(bn_ckpt_restore(gpu, c.pid, NULL, &asked, &err), &err);
         assert_state(&c, BN_CKPT_LOCKED);
         assert_ok(bn_ckpt_unlock(gpu, c.pid, &err), &err);
         assert_state(&c, BN_CKPT_RUNNING);
@@ -89,12 +89,12 @@ static void restore_not_tried(void **state)
     assert_int_equal(getrlimit(RLIMIT_NOFILE, &full), 0);
     none = (struct rlimit){0, full.rlim_max};
     assert_int_equal(setrlimit(RLIMIT_NOFILE, &none), 0);
-    int r = bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err);
+    int r = bn_ckpt_restore(gpu, c.pid, NULL, &asked, &err);
     assert_int_equal(setrlimit(RLIMIT_NOFILE, &full), 0);
     assert_fails(r, EMFILE, &err);
     assert_false(asked);
     err = BN_ERROR_INIT;
-    assert_ok(bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err), &err);
+    assert_ok(bn_ckpt_restore(gpu, c.pid, NULL, &asked, &err), &err);
     assert_true(asked);
     assert_ok(bn_ckpt_unlock(gpu, c.pid, &err), &err);
     still_right(&c);
@@ -111,7 +111,7 @@ static void wrong_state(void **state)
     err = BN_ERROR_INIT;
     assert_fails(bn_ckpt_unlock(gpu, c.pid, &err), EINVAL, &err);
     err = BN_ERROR_INIT;
-    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err), EINVAL, &err);
+    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, &asked, &err), EINVAL, &err);
     err = BN_ERROR_INIT;
     assert_ok(bn_ckpt_lock(gpu, c.pid, 10000, &err), &err);
     assert_fails(bn_ckpt_lock(gpu, c.pid, 10000, &err), EINVAL, &err);
@@ -140,7 +140,7 @@ static void no_cuda(void **state)
     err = BN_ERROR_INIT;
     assert_fails(bn_ckpt_lock(gpu, c.pid, 1000, &err), ENODEV, &err);
     err = BN_ERROR_INIT;
-    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err), ENODEV, &err);
+    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, &asked, &err), ENODEV, &err);
     pid_t gone = c.pid;
     child_end(&c);
     err = BN_ERROR_INIT;
@@ -206,13 +206,13 @@ static void other_answers(void **state)
     err = BN_ERROR_INIT;
     assert_ok(bn_ckpt_checkpoint(gpu, c.pid, &err), &err);
     inject("cuCheckpointProcessRestore:1=2");
-    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err), ENOMEM, &err);
+    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, &asked, &err), ENOMEM, &err);
     inject("cuCheckpointProcessRestore:1=304");
     err = BN_ERROR_INIT;
-    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err), EIO, &err);
+    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, &asked, &err), EIO, &err);
     inject("");
     err = BN_ERROR_INIT;
-    assert_ok(bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err), &err);
+    assert_ok(bn_ckpt_restore(gpu, c.pid, NULL, &asked, &err), &err);
     assert_ok(bn_ckpt_unlock(gpu, c.pid, &err), &err);
     still_right(&c);
     child_end(&c);
@@ -245,7 +245,7 @@ static void refusals(void **state)
     err = BN_ERROR_INIT;
     assert_ok(bn_ckpt_lock(gpu, c.pid, 10000, &err), &err);
     assert_ok(bn_ckpt_checkpoint(gpu, c.pid, &err), &err);
-    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, 0, &asked, &err), ENOTSUP, &err);
+    assert_fails(bn_ckpt_restore(gpu, c.pid, NULL, &asked, &err), ENOTSUP, &err);
     assert_non_null(strstr(err.text, "lost"));
     child_kill(&c);
     bn_gpu_set_free(set);
@@ -256,11 +256,10 @@ static void other_gpu(void **state)
     if (bn_gpu_count(gpu) < 2)
         skip();
     struct bn_error err = BN_ERROR_INIT;
-    struct bn_ckpt_pair pairs[16];
-    unsigned n = bn_gpu_count(gpu);
-    for (unsigned i = 0; i < n; i++) {
-        memcpy(pairs[i].from, bn_gpu_info(gpu, i)->uuid, 16);
-        memcpy(pairs[i].to, bn_gpu_info(gpu, (i + 1) % n)->uuid, 16);
+    struct bn_ckpt_pairs pairs = {.n = bn_gpu_count(gpu), .used = 1};
+    for (unsigned i = 0; i < pairs.n; i++) {
+        memcpy(pairs.v[i].from, bn_gpu_info(gpu, i)->uuid, 16);
+        memcpy(pairs.v[i].to, bn_gpu_info(gpu, (i + 1) % pairs.n)->uuid, 16);
     }
     struct child c = child_start("cuda", NULL);
     ready(&c);
@@ -271,11 +270,11 @@ static void other_gpu(void **state)
         setenv("BENNU_SIM_DRIVER_VERSION", "12080", 1);
         assert_ok(bn_gpu_open(driver_path(), &old, &err), &err);
         unsetenv("BENNU_SIM_DRIVER_VERSION");
-        assert_fails(bn_ckpt_restore(old, c.pid, pairs, n, &asked, &err), ENOSYS, &err);
+        assert_fails(bn_ckpt_restore(old, c.pid, &pairs, &asked, &err), ENOSYS, &err);
         bn_gpu_close(old);
         err = BN_ERROR_INIT;
     }
-    assert_ok(bn_ckpt_restore(gpu, c.pid, pairs, n, &asked, &err), &err);
+    assert_ok(bn_ckpt_restore(gpu, c.pid, &pairs, &asked, &err), &err);
     assert_ok(bn_ckpt_unlock(gpu, c.pid, &err), &err);
     still_right(&c);
     child_end(&c);

@@ -125,6 +125,31 @@ static void test_round_trip(void **state)
     assert_int_equal(back->n_gpus, BN_MANIFEST_GPUS_MAX);
 }
 
+/* A manifest may lack them, and then has no section of them. */
+static void test_other_gpus(void **state)
+{
+    (void)state;
+    bn_auto_manifest struct bn_manifest *m = make_manifest();
+    bn_auto_manifest struct bn_manifest *back = NULL;
+    struct bytes none = encode(m);
+    for (unsigned i = 0; i < 3; i++)
+        memset(*bn_manifest_add_other(m), (int)(0x60 + i), 16);
+    struct bytes b = encode(m);
+    assert_int_equal(b.len, none.len + 16 + 4 + 3 * 16);
+    assert_int_equal(bn_manifest_decode(b.p, b.len, &back, NULL), 0);
+    assert_int_equal(back->n_others, 3);
+    assert_memory_equal(back->others, m->others, sizeof(*m->others) * 3);
+    assert_true(bn_manifest_has_gpu(back, back->gpus[1].uuid));
+    assert_false(bn_manifest_has_gpu(back, back->others[0]));
+    while (bn_manifest_add_other(back))
+        ;
+    assert_int_equal(back->n_others, BN_MANIFEST_GPUS_MAX);
+    back->n_others++;
+    assert_int_equal(bn_manifest_validate(back, NULL), -E2BIG);
+    free(none.p);
+    free(b.p);
+}
+
 static void test_empty(void **state)
 {
     (void)state;
@@ -428,9 +453,11 @@ int main(int argc, char **argv)
         return r;
     }
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_round_trip), cmocka_unit_test(test_empty),     cmocka_unit_test(test_golden),
-        cmocka_unit_test(test_truncated),  cmocka_unit_test(test_bit_flips), cmocka_unit_test(test_resealed),
-        cmocka_unit_test(test_versions),   cmocka_unit_test(test_rules),     cmocka_unit_test(test_counts),
+        cmocka_unit_test(test_round_trip), cmocka_unit_test(test_other_gpus),
+        cmocka_unit_test(test_empty),      cmocka_unit_test(test_golden),
+        cmocka_unit_test(test_truncated),  cmocka_unit_test(test_bit_flips),
+        cmocka_unit_test(test_resealed),   cmocka_unit_test(test_versions),
+        cmocka_unit_test(test_rules),      cmocka_unit_test(test_counts),
         cmocka_unit_test(test_layout),     cmocka_unit_test(test_big),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
