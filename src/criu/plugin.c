@@ -45,8 +45,9 @@ static void on_exit(int stage, int ret)
     stage_now = -1;
 }
 
-/* A pre-dump saves host memory of a program that goes on. CRIU cannot pass over what a process has mapped of a GPU, and would fail
- * at it without a reason that anybody understands, when it has stopped everything. */
+/* A pre-dump saves host memory of a program that goes on, and the dump leaves out what was not written since. The kernel learns of writes by
+ * faults, and what a GPU writes into pinned host memory faults nowhere: it would be missing. Nor can CRIU pass over what a process has
+ * mapped of a GPU; it would fail at that without a reason that anybody understands, when it has stopped everything. */
 static int on_pre_dump(int pid)
 {
     if (!bnp_maps_gpu(pid))
