@@ -8,6 +8,7 @@
 #include "checkpoint/describe.h"
 #include "checkpoint/record.h"
 #include "checkpoint/sending.h"
+#include "store/host_files.h"
 #include "store/disk.h"
 #include "store/image_dir.h"
 #include "store/pack.h"
@@ -318,6 +319,16 @@ static int add_phases(struct bn_dump *d)
     return r;
 }
 
+/* CRIU has written all of its files; copies may still be under way. */
+static int note_host_files(struct bn_dump *d, const bool *cancel, struct bn_error *err)
+{
+    uint64_t bytes = 0;
+    int phase = bn_report_begin(d->q.report, "host-files");
+    int r = bn_host_files_note(d->dirfd, d->manifest, cancel, &bytes, err);
+    bn_report_end(d->q.report, phase, bytes);
+    return r;
+}
+
 /* CRIU's own files lie in the same file system: one call brings all of it to the disk. */
 static int sync_all(struct bn_dump *d, struct bn_error *err)
 {
@@ -362,6 +373,8 @@ int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err)
 {
     bn_kill_point(d->q.env, "commit", "begin");
     int r = d->released ? 0 : bn_dump_release(d, cancel, err);
+    if (r == 0)
+        r = note_host_files(d, cancel, err);
     if (r == 0)
         r = bn_copies_finish(&d->copies, &d->q, cancel, err);
     drop_aside(d);

@@ -3,6 +3,7 @@
 
 #include "base/cleanup.h"
 #include "base/io.h"
+#include "store/host_files.h"
 #include "store/image_dir.h"
 #include "store/pack.h"
 
@@ -13,7 +14,8 @@
 static bool json, verify;
 
 static const struct cli_option options[] = {
-    {"verify", 'v', CLI_FLAG, NULL, &verify, "read every stored chunk and compare its checksum"},
+    {"verify", 'v', CLI_FLAG, NULL, &verify,
+     "read every stored chunk and CRIU's files, and compare their checksums"},
     {"json", 'j', CLI_FLAG, NULL, &json, "print the result as one JSON object"},
     {0},
 };
@@ -201,6 +203,12 @@ static int verify_chunks(int dir, const struct bn_manifest *m, struct bn_error *
     return r;
 }
 
+static int verify_host_files(int dir, const struct bn_manifest *m, struct bn_error *err)
+{
+    uint64_t bytes;
+    return bn_host_files_check(dir, m, BN_HOST_FILES_ALL, 0, NULL, &bytes, err);
+}
+
 /* Without a manifest: say which of several things this is. Returns an exit code. */
 static int explain(const char *path, int dir, struct bn_error *err)
 {
@@ -253,6 +261,8 @@ static int inspect(int argc, char **argv)
         r = check_criu_half(argv[0], dir, &err);
     if (r == 0 && verify)
         r = verify_chunks(dir, m, &err);
+    if (r == 0 && verify)
+        r = verify_host_files(dir, m, &err);
     if (r < 0) {
         bool image = r == -EBADMSG || r == -EPROTONOSUPPORT || r == -ENOENT || r == -EILSEQ;
         return cli_fail(image ? CLI_BAD_IMAGE : CLI_FAILED, &err, json);
@@ -262,7 +272,7 @@ static int inspect(int argc, char **argv)
     } else {
         print_text(argv[0], m);
         if (verify)
-            puts("\nevery stored chunk is as it was written");
+            puts("\nevery stored chunk and each of CRIU's files is as it was written");
     }
     return CLI_OK;
 }

@@ -6,6 +6,7 @@
 #include "base/io.h"
 #include "base/proc.h"
 #include "store/host_pages.h"
+#include "store/host_files.h"
 #include "store/image_dir.h"
 #include "store/pack.h"
 
@@ -78,6 +79,13 @@ static int check_packs(const struct restore *r, struct bn_error *err)
                : rc;
 }
 
+/* Those that CRIU is about to read, before anybody else could tell; what processes had in memory is compared while it is restored. */
+static int check_small_files(const struct restore *r, struct bn_error *err)
+{
+    uint64_t bytes;
+    return bn_host_files_check(r->dir, r->manifest, BN_HOST_FILES_SMALL, 0, NULL, &bytes, err);
+}
+
 /* Is it a checkpoint, and a whole one? */
 static int check_image(struct restore *r, struct bn_error *err)
 {
@@ -90,21 +98,21 @@ static int check_image(struct restore *r, struct bn_error *err)
                             CLI_RECORD_FILE);
     r->have_record = rc == 0;
     struct bn_error why = BN_ERROR_INIT;
-    rc = bn_host_pages_survey(r->dir, &r->pages, &why);
-    if (rc < 0)
-        return bn_error_set(err, why.code, why.stage, "the checkpoint %s cannot be used: %s", r->path,
-                            why.text);
-    rc = bn_image_load(r->dir, &r->manifest, err);
-    if (rc == 0)
-        return check_packs(r, err);
-    if (rc != -ENOENT)
-        return rc;
-    *err = BN_ERROR_INIT;
-    if (r->have_record && r->record.gpu)
+    rc = bn_image_load(r->dir, &r->manifest, &why);
+    if (rc == -ENOENT && r->have_record && r->record.gpu)
         return bn_error_set(err, EBADMSG, "image",
                             "the checkpoint %s is not complete: its dump was cut off before %s was written",
                             r->path, BN_MANIFEST_NAME);
-    return 0; /* made by CRIU alone, or by CRIU's own CUDA plugin */
+    if (rc < 0 && rc != -ENOENT)
+        return bn_error_set(err, rc, why.stage, "%s", why.text);
+    /* Without a manifest it was made by CRIU alone, or by CRIU's own CUDA plugin. */
+    if (rc == 0 && ((rc = check_packs(r, err)) < 0 || (rc = check_small_files(r, err)) < 0))
+        return rc;
+    why = BN_ERROR_INIT;
+    rc = bn_host_pages_survey(r->dir, &r->pages, &why);
+    return rc < 0 ? bn_error_set(err, why.code, why.stage, "the checkpoint %s cannot be used: %s", r->path,
+                                 why.text)
+                  : 0;
 }
 
 static int check_pid_free(const struct restore *r, pid_t pid, struct bn_error *err)

@@ -4,6 +4,7 @@
 #include "base/cleanup.h"
 #include "store/catalog.h"
 #include "store/collect.h"
+#include "store/host_files.h"
 #include "store/image_dir.h"
 #include "store/verify.h"
 
@@ -270,9 +271,13 @@ static int verify_one(struct bn_verify *v, const struct bn_entry *e, struct dama
     why = BN_ERROR_INIT;
     if (bn_verify_image(v, e->fd, m, note_damage, d, &result, &why) < 0)
         note_damage(d, &why);
+    uint64_t host_bytes = 0;
+    why = BN_ERROR_INIT;
+    if (bn_host_files_compare(e->fd, m, BN_HOST_FILES_ALL, 0, NULL, note_damage, d, &host_bytes, &why) < 0)
+        note_damage(d, &why);
     bn_manifest_free(m);
     sum->chunks += result.chunks;
-    sum->bytes += result.bytes;
+    sum->bytes += result.bytes + host_bytes;
     return 0;
 }
 
@@ -302,8 +307,8 @@ static int verify(struct store *s, struct bn_error *err)
         json_object_set_new(o, "damage", d.list);
         cli_print_json(o);
     } else if (d.count == 0) {
-        printf("%zu checkpoints, %llu stored chunks: all as they were written (%s read)\n", s->catalog.n,
-               (unsigned long long)sum.chunks, cli_bytes(sum.bytes, bytes));
+        printf("%zu checkpoints, %llu stored chunks, and CRIU's files: all as they were written (%s read)\n",
+               s->catalog.n, (unsigned long long)sum.chunks, cli_bytes(sum.bytes, bytes));
     }
     if (d.count == 0)
         return CLI_OK;

@@ -32,6 +32,7 @@ struct client {
     bool has_aside;
     struct bn_usage aside; /* what it has set aside */
     struct bn_restore *restore;
+    struct bn_error refused; /* why a process of it may not go on */
 };
 
 struct request {
@@ -627,6 +628,8 @@ static int on_restore_process(struct client *c, struct request *rq, struct bn_wr
 {
     pid_t pid = (pid_t)bn_read_u32(&rq->body);
     int r = c->restore ? bn_restore_claim(c->restore, pid, err) : 0;
+    if (r < 0 && !bn_error_is_set(&c->refused))
+        c->refused = *err;
     bn_write_u32(reply, r > 0);
     return r < 0 ? r : 0;
 }
@@ -649,7 +652,11 @@ static int on_restore_end(struct client *c, struct request *rq, struct bn_writer
     write_phases(c, reply);
     struct bn_error criu = BN_ERROR_INIT;
     bn_error_set(&criu, ECANCELED, "criu", "CRIU could not restore the process (result %d)", result);
-    session_close(c, result ? &criu : r < 0 ? err : NULL);
+    if (result)
+        session_close(c, bn_error_is_set(&c->refused) ? &c->refused : &criu);
+    else
+        session_close(c, r < 0 ? err : NULL);
+    c->refused = (struct bn_error)BN_ERROR_INIT;
     return r;
 }
 

@@ -22,6 +22,7 @@ enum section {
     SECTION_PACKS = 6,
     SECTION_PHASES = 7,
     SECTION_OTHERS = 8, /* no manifest has to have it, or what comes after it */
+    SECTION_FILES = 9,
 };
 #define SECTION_MUST 1u /* a reader that does not know the section refuses the manifest */
 
@@ -166,6 +167,18 @@ static void put_others(struct bn_writer *w, const struct bn_manifest *m)
     end(w, at);
 }
 
+static void put_files(struct bn_writer *w, const struct bn_manifest *m)
+{
+    size_t at = begin(w, SECTION_FILES, 0);
+    bn_write_u32(w, m->n_files);
+    for (uint32_t i = 0; i < m->n_files; i++) {
+        bn_write_string(w, m->files[i].name);
+        bn_write_u64(w, m->files[i].length);
+    }
+    bn_write_bytes(w, m->file_hashes, m->n_file_hashes * sizeof(*m->file_hashes));
+    end(w, at);
+}
+
 #define KEY_AT (HEADER_SIZE - BN_HASH_KEY_SIZE)
 #define TOTAL_AT (KEY_AT - 8)
 
@@ -200,6 +213,8 @@ int bn_manifest_encode_unchecked(const struct bn_manifest *m, void **out, size_t
     put_phases(&w, m);
     if (m->n_others > 0)
         put_others(&w, m);
+    if (m->n_files > 0)
+        put_files(&w, m);
     uint8_t room[TRAILER_SIZE] = {0};
     bn_write_bytes(&w, room, sizeof(room));
     if (w.failed)
@@ -391,6 +406,31 @@ static int get_others(struct bn_reader *r, struct bn_manifest *m, struct bn_erro
     return rc;
 }
 
+static int get_files(struct bn_reader *r, struct bn_manifest *m, struct bn_error *err)
+{
+    uint32_t n = bn_read_u32(r);
+    int rc = 0;
+    if (r->failed || n > BN_MANIFEST_FILES_MAX)
+        return BAD(err, "the section about CRIU's files is malformed");
+    for (uint32_t i = 0; rc == 0 && i < n; i++) {
+        char name[BN_IMAGE_FILE_NAME_MAX];
+        bn_read_string(r, name, sizeof(name));
+        uint64_t length = bn_read_u64(r);
+        uint64_t pieces = length / BN_CHUNK_SIZE + (length % BN_CHUNK_SIZE != 0);
+        if (r->failed || pieces > bn_reader_left(r) / BN_HASH_SIZE ||
+            m->n_file_hashes > bn_reader_left(r) / BN_HASH_SIZE - pieces)
+            return BAD(err, "file %u of CRIU's is malformed, or its hashes are not there", i);
+        rc = bn_manifest_add_file(m, name, length);
+        if (rc == -ENOMEM)
+            return bn_error_set(err, ENOMEM, "manifest", "out of memory");
+        if (rc < 0)
+            return BAD(err, "file %u of CRIU's has an impossible name or length", i);
+    }
+    if (m->n_file_hashes > 0)
+        get_fixed(r, m->file_hashes, m->n_file_hashes * sizeof(*m->file_hashes));
+    return r->failed ? BAD(err, "the hashes of CRIU's files are cut off") : 0;
+}
+
 typedef int section_fn(struct bn_reader *r, struct bn_manifest *m, struct bn_error *err);
 
 static const struct {
@@ -405,6 +445,7 @@ static const struct {
     [SECTION_PACKS] = {get_packs, "packs"},
     [SECTION_PHASES] = {get_phases, "phases"},
     [SECTION_OTHERS] = {get_others, "other GPUs"},
+    [SECTION_FILES] = {get_files, "CRIU's files"},
 };
 
 static int get_section(struct bn_reader *r, uint32_t *last, struct bn_manifest *m, struct bn_error *err)

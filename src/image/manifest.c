@@ -29,6 +29,8 @@ void bn_manifest_free(struct bn_manifest *m)
         free(m->processes[i].segments);
     free(m->gpus);
     free(m->others);
+    free(m->files);
+    free(m->file_hashes);
     free(m->processes);
     free(m->chunks);
     free(m->packs);
@@ -79,6 +81,38 @@ struct bn_image_process *bn_manifest_add_process(struct bn_manifest *m)
 struct bn_image_segment *bn_process_add_segment(struct bn_image_process *p)
 {
     return append((void **)&p->segments, &p->n_segments, sizeof(*p->segments), BN_MANIFEST_SEGMENTS_MAX);
+}
+
+bool bn_image_file_name_ok(const char *name)
+{
+    size_t length = strlen(name);
+    return length > 4 && length < BN_IMAGE_FILE_NAME_MAX && strcmp(name + length - 4, ".img") == 0 &&
+           strncmp(name, "bennu-", 6) != 0 && !strchr(name, '/');
+}
+
+int bn_manifest_add_file(struct bn_manifest *m, const char *name, uint64_t length)
+{
+    uint64_t pieces = length / BN_CHUNK_SIZE + (length % BN_CHUNK_SIZE != 0);
+    if (!bn_image_file_name_ok(name))
+        return -EINVAL;
+    if (m->n_files == BN_MANIFEST_FILES_MAX || pieces > BN_MANIFEST_CHUNKS_MAX - m->n_file_hashes)
+        return -E2BIG;
+    struct bn_hash *hashes =
+        pieces ? reallocarray(m->file_hashes, m->n_file_hashes + pieces, sizeof(*hashes)) : NULL;
+    if (pieces && !hashes)
+        return -ENOMEM;
+    if (hashes) {
+        memset(&hashes[m->n_file_hashes], 0, pieces * sizeof(*hashes));
+        m->file_hashes = hashes;
+    }
+    struct bn_image_file *f = append((void **)&m->files, &m->n_files, sizeof(*f), BN_MANIFEST_FILES_MAX);
+    if (!f)
+        return -ENOMEM;
+    strcpy(f->name, name);
+    f->length = length;
+    f->first_hash = m->n_file_hashes;
+    m->n_file_hashes += (uint32_t)pieces;
+    return 0;
 }
 
 int bn_manifest_add_phase(struct bn_manifest *m, const char *name, uint64_t start_ns, uint64_t duration_ns,

@@ -26,6 +26,7 @@
 #define BN_MANIFEST_PACKS_MAX 65536u
 #define BN_MANIFEST_GPUS_MAX 64u
 #define BN_MANIFEST_PHASES_MAX 256u
+#define BN_MANIFEST_FILES_MAX (1u << 20)
 #define BN_MANIFEST_BYTES_MAX ((size_t)256 << 20)
 
 /* Feature bits. A reader refuses a manifest with an incompatible bit that it does not know. */
@@ -87,6 +88,14 @@ struct bn_image_phase {
     uint64_t bytes;                 /* moved by it, 0 = does not apply */
 };
 
+/* A file of CRIU's; its hashes are of 2 MiB each, the last of what is left. */
+#define BN_IMAGE_FILE_NAME_MAX 96u /* bytes, with the closing NUL */
+struct bn_image_file {
+    char name[BN_IMAGE_FILE_NAME_MAX]; /* bn_image_file_name_ok */
+    uint64_t length;                   /* bytes */
+    uint32_t first_hash;               /* index into file_hashes */
+};
+
 #define BN_IMAGE_STDIO_MAX 257u /* bytes, with the closing NUL */
 
 /* Everything is owned; bn_manifest_free() frees it. The arrays grow by the functions below only.
@@ -112,6 +121,11 @@ struct bn_manifest {
     struct bn_image_phase *phases;
     uint32_t n_phases;
 
+    struct bn_image_file *files; /* ascending by name; none: it is not known what CRIU's files were */
+    uint32_t n_files;
+    struct bn_hash *file_hashes;
+    uint32_t n_file_hashes;
+
     /* Of the root process: what /proc/PID/fd/0 … 2 linked to (empty: closed), so that a restore can give it the like. */
     char stdio[3][BN_IMAGE_STDIO_MAX];
     bool controlling_tty;
@@ -135,6 +149,11 @@ struct bn_image_segment *bn_process_add_segment(struct bn_image_process *p);
 /* 0, -ENOMEM or -E2BIG. A longer name is cut. */
 int bn_manifest_add_phase(struct bn_manifest *m, const char *name, uint64_t start_ns, uint64_t duration_ns,
                           uint64_t bytes);
+
+/* Append a file and room for its hashes. Names ascend. -EINVAL: not such a name; -E2BIG; -ENOMEM. */
+int bn_manifest_add_file(struct bn_manifest *m, const char *name, uint64_t length);
+/* Is it a name that CRIU gives to files of an image: `*.img`, in no folder, none of Bennu's? */
+bool bn_image_file_name_ok(const char *name);
 
 /* Once every segment is known: number the chunks, in the order of the processes and of their segments, and make room for
  * them in `chunks` (zeroed). -EINVAL: a segment's size is no multiple of BN_CHUNK_SIZE; -E2BIG; -ENOMEM. */

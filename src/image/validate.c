@@ -155,6 +155,14 @@ static int check_limits(const struct bn_manifest *m, struct bn_error *err)
     return 0;
 }
 
+static int check_files(const struct bn_manifest *m, struct bn_error *err)
+{
+    for (uint32_t i = 1; i < m->n_files; i++)
+        if (strcmp(m->files[i - 1].name, m->files[i].name) >= 0)
+            return BAD(err, "the files of CRIU's are not in the order of their names");
+    return 0;
+}
+
 int bn_manifest_validate(const struct bn_manifest *m, struct bn_error *err)
 {
     int r = check_limits(m, err);
@@ -168,7 +176,9 @@ int bn_manifest_validate(const struct bn_manifest *m, struct bn_error *err)
         if (m->packs[i].length > INT64_MAX)
             return BAD(err, "pack %u is longer than a file can be", m->packs[i].index);
     }
-    r = check_processes(m, err);
+    r = check_files(m, err);
+    if (r == 0)
+        r = check_processes(m, err);
     for (uint32_t i = 0; r == 0 && i < m->n_chunks; i++)
         r = check_chunk(m, i, err);
     return r;

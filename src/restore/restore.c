@@ -6,6 +6,7 @@
 #include "checkpoint/copies.h"
 #include "gpu/hash.h"
 #include "image/manifest.h"
+#include "restore/host_check.h"
 #include "restore/host_fill.h"
 #include "restore/place.h"
 #include "restore/verify.h"
@@ -27,8 +28,9 @@ struct bn_restore {
     struct bn_pack_reader *reader;
     struct bn_place place;
     struct bn_copies copies;
-    struct bn_host_fill *host; /* NULL: CRIU reads it */
-    struct load *loads;        /* one a part */
+    struct bn_host_fill *host;   /* NULL: CRIU reads it */
+    struct bn_host_check *check; /* NULL: of a stock image */
+    struct load *loads;          /* one a part */
     size_t nloads;
 };
 
@@ -188,6 +190,8 @@ static int begin(struct bn_restore *r, int dirfd, int lazy_pages, struct bn_erro
         rc = bn_place_gpus(r->q.env->gpu, r->manifest, &r->place, err);
     if (rc == 0)
         rc = bn_pack_reader_open(dirfd, r->manifest, &r->reader, err);
+    if (rc == 0)
+        rc = bn_host_check_start(dirfd, r->manifest, r->q.report, &r->check, err);
     if (rc == 0) {
         int phase = bn_report_begin(r->q.report, "allocate");
         rc = make_targets(r, err);
@@ -265,6 +269,8 @@ int bn_restore_claim(struct bn_restore *r, pid_t pid, struct bn_error *err)
     pid_t inner = 0;
     /* Of all processes, whoever comes first: from here on CRIU lets them go. */
     int rc = r->host ? bn_host_fill_finish(r->host, err) : 0;
+    if (rc == 0 && r->check)
+        rc = bn_host_check_wait(r->check, err);
     if (rc < 0)
         return rc;
     rc = bn_proc_inner_pid(pid, &inner);
@@ -329,6 +335,7 @@ void bn_restore_free(struct bn_restore *r)
     if (!r)
         return;
     bn_host_fill_free(r->host);
+    bn_host_check_free(r->check);
     bn_copies_cancel(&r->copies, &r->q);
     bn_targets_free(&r->q.targets);
     bn_pack_reader_free(r->reader);

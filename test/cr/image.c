@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 
-/* Changes a manifest and writes it back with a right checksum: image FILE cc MAJOR.MINOR, or image FILE driver VERSION. */
+/* Changes a manifest and writes it back with a right checksum: image FILE cc MAJOR.MINOR, image FILE driver VERSION, or
+ * image FILE files none, after which it knows nothing of CRIU's files. */
 #include "image/manifest.h"
 
 #include "base/cleanup.h"
@@ -25,13 +26,15 @@ int main(int argc, char **argv)
     size_t len;
     struct bn_error err = BN_ERROR_INIT;
     if (argc != 4)
-        return fail("usage: image FILE cc MAJOR.MINOR | image FILE driver VERSION");
+        return fail("usage: image FILE cc MAJOR.MINOR | image FILE driver VERSION | image FILE files none");
     if (bn_read_file_at(AT_FDCWD, argv[1], BN_MANIFEST_BYTES_MAX, &in, &len) < 0)
         return fail("cannot read the file");
     if (bn_manifest_decode(in, len, &m, &err) < 0)
         return fail(err.text);
     if (strcmp(argv[2], "driver") == 0) {
         m->driver_version = (uint32_t)atoi(argv[3]);
+    } else if (strcmp(argv[2], "files") == 0) {
+        m->n_files = m->n_file_hashes = 0;
     } else {
         for (uint32_t i = 0; i < m->n_gpus; i++)
             if (sscanf(argv[3], "%u.%u", &m->gpus[i].cc_major, &m->gpus[i].cc_minor) != 2)

@@ -58,7 +58,7 @@ class Output(Case):
         self.assertIs(self.ok_json("inspect", "--verify", image)["verified"], True)
         text = self.ok("inspect", "--verify", image).stdout
         self.assertIn("Simulated GPU", text)
-        self.assertIn("every stored chunk is as it was written", text)
+        self.assertIn("every stored chunk and each of CRIU's files is as it was written", text)
 
         done = self.bennu("restore", "--detach", "--json", "--pidfile", self.path("pid"), image)
         self.assertEqual((done.returncode, done.stderr), (0, ""))

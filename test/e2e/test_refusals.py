@@ -364,6 +364,34 @@ class Images(Refusal):
         self.restore(program)
         program.go_on()
 
+    def test_damaged_host_memory(self):
+        """CRIU's files. What processes had in memory is compared while CRIU reads it, the rest before."""
+        program = self.memcheck("--allocs=4")
+        image = self.dump(program)
+        names = [n for n in os.listdir(image) if n.endswith(".img") and not n.startswith("bennu-") and os.path.getsize(self.path("ck", n))]
+        pages = max(names, key=lambda name: os.path.getsize(self.path("ck", name)))
+        self.assertRegex(pages, r"^pages-\d+\.img$")
+        self.assertGreater(os.path.getsize(self.path("ck", pages)), 2 << 20)
+        self.assertGreater(len(names), 10)
+        for name in names:
+            size = os.path.getsize(self.path("ck", name))
+            for at in {0, size // 2, size - 1} if name == pages else {size // 2}:
+                with self.changed(name) as path:
+                    self.flip(path, at)
+                    self.image_refused(5, (name, "is damaged", f"bytes {at >> 21 << 21} to "), inspect=5)
+        for name in (pages, names[0]):
+            with self.changed(name) as path:
+                os.truncate(path, os.path.getsize(path) - 1)
+                self.image_refused(5, name, inspect=5)
+                said = self.bennu("store", "verify", self.dir, "ck")
+                self.assertEqual((said.returncode, said.stdout.count("\n")), (5, 1), said.stdout)
+                self.assertIn(name, said.stdout)
+            with self.changed(name) as path:
+                os.unlink(path)
+                self.image_refused(5, (name, "missing"), inspect=5)
+        self.restore(program)
+        program.go_on()
+
     def test_damaged_on_its_way(self):
         """What arrives on the GPU is not what the image holds, which is whole."""
         program = self.memcheck()
@@ -416,8 +444,9 @@ class Images(Refusal):
         program.go_on()
 
     def test_criu_fails_at_once(self):
-        """Before it has called the plugin: the daemon has nothing to say."""
+        """Before it has called the plugin: the daemon has nothing to say. The checkpoint does not know what CRIU's files were."""
         image = self.dump(self.memcheck())
+        self.edit(self.path("ck", MANIFEST), "files", "none")
         with open(os.path.join(image, "inventory.img"), "r+b") as f:
             f.truncate(6)
         self.refused(1, "restore", image, "--detach", says="CRIU")

@@ -25,6 +25,10 @@ def shared_bytes(folder):
     return sum(st.st_size for st in packs(folder).values() if st.st_nlink > 1)
 
 
+def criu_bytes(folder):
+    return sum(e.stat().st_size for e in os.scandir(folder) if e.name.endswith(".img") and not e.name.startswith("bennu-"))
+
+
 class Share(Case):
     def model(self, seed=1):
         return self.start(MODEL, WEIGHTS, seed)
@@ -182,7 +186,7 @@ class Store(Case):
         answer = self.ok_json("store", "verify", self.path("store"))
         self.assertEqual((answer["checkpoints"], answer["damage"]), (2, []))
         one, two = self.path("store/one"), self.path("store/two")
-        self.assertEqual(answer["bytes_read"], shared_bytes(one) + own_bytes(one) + own_bytes(two))
+        self.assertEqual(answer["bytes_read"], shared_bytes(one) + own_bytes(one) + own_bytes(two) + criu_bytes(one) + criu_bytes(two))
         self.assertIn("all as they were written", self.ok("store", "verify", self.path("store"), "two").stdout)
         shared = next(n for n, st in packs(self.path("store/one")).items() if st.st_nlink > 1)
         with open(self.path("store/one", shared), "r+b") as f:

@@ -150,6 +150,61 @@ static void test_other_gpus(void **state)
     free(b.p);
 }
 
+static void refused_files(struct bn_manifest *m)
+{
+    bn_auto_manifest struct bn_manifest *back = NULL;
+    void *p = NULL;
+    size_t len;
+    assert_int_equal(bn_manifest_encode_unchecked(m, &p, &len), 0);
+    assert_int_equal(bn_manifest_decode(p, len, &back, NULL), -EBADMSG);
+    free(p);
+}
+
+/* What CRIU's files were. A manifest may lack them, too. */
+static void test_files(void **state)
+{
+    (void)state;
+    bn_auto_manifest struct bn_manifest *m = make_manifest();
+    bn_auto_manifest struct bn_manifest *back = NULL;
+    static const char *const bad[] = {"",         ".img",       "bennu-pack-0.img", "a/b.img",
+                                      "../x.img", "stats-dump", "x.img.gz"};
+    for (size_t i = 0; i < BN_ARRAY_SIZE(bad); i++)
+        assert_int_equal(bn_manifest_add_file(m, bad[i], 1), -EINVAL);
+    assert_int_equal(bn_manifest_add_file(m, "core-1.img", 0), 0);
+    assert_int_equal(bn_manifest_add_file(m, "mm-1.img", 1), 0);
+    assert_int_equal(bn_manifest_add_file(m, "pages-1.img", 2 * BN_CHUNK_SIZE), 0);
+    assert_int_equal(bn_manifest_add_file(m, "pages-2.img", 2 * BN_CHUNK_SIZE + 1), 0);
+    assert_int_equal(bn_manifest_add_file(m, "pages-3.img", UINT64_MAX), -E2BIG);
+    assert_int_equal(m->n_file_hashes, 1 + 2 + 3);
+    for (unsigned i = 0; i < 6; i++)
+        memset(m->file_hashes[i].b, (int)(0x70 + i), BN_HASH_SIZE);
+    struct bytes b = encode(m);
+    assert_int_equal(bn_manifest_decode(b.p, b.len, &back, NULL), 0);
+    assert_int_equal(back->n_files, 4);
+    assert_int_equal(back->n_file_hashes, 6);
+    assert_memory_equal(back->file_hashes, m->file_hashes, 6 * sizeof(*m->file_hashes));
+    for (unsigned i = 0; i < 4; i++) {
+        assert_string_equal(back->files[i].name, m->files[i].name);
+        assert_int_equal(back->files[i].length, m->files[i].length);
+        assert_int_equal(back->files[i].first_hash, m->files[i].first_hash);
+    }
+    free(b.p);
+
+    strcpy(m->files[3].name, "mm-1.img"); /* out of order */
+    assert_int_equal(bn_manifest_validate(m, NULL), -EINVAL);
+    refused_files(m);
+    strcpy(m->files[3].name, "pages-1.img"); /* twice */
+    refused_files(m);
+    strcpy(m->files[3].name, "../pages.img");
+    refused_files(m);
+    strcpy(m->files[3].name, "pages-2.img");
+    static const uint64_t lengths[] = {3 * BN_CHUNK_SIZE + 1, UINT64_MAX, BN_CHUNK_SIZE};
+    for (size_t i = 0; i < BN_ARRAY_SIZE(lengths); i++) { /* not as many hashes as there are */
+        m->files[3].length = lengths[i];
+        refused_files(m);
+    }
+}
+
 static void test_empty(void **state)
 {
     (void)state;
@@ -454,11 +509,12 @@ int main(int argc, char **argv)
     }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_round_trip), cmocka_unit_test(test_other_gpus),
-        cmocka_unit_test(test_empty),      cmocka_unit_test(test_golden),
-        cmocka_unit_test(test_truncated),  cmocka_unit_test(test_bit_flips),
-        cmocka_unit_test(test_resealed),   cmocka_unit_test(test_versions),
-        cmocka_unit_test(test_rules),      cmocka_unit_test(test_counts),
-        cmocka_unit_test(test_layout),     cmocka_unit_test(test_big),
+        cmocka_unit_test(test_files),      cmocka_unit_test(test_empty),
+        cmocka_unit_test(test_golden),     cmocka_unit_test(test_truncated),
+        cmocka_unit_test(test_bit_flips),  cmocka_unit_test(test_resealed),
+        cmocka_unit_test(test_versions),   cmocka_unit_test(test_rules),
+        cmocka_unit_test(test_counts),     cmocka_unit_test(test_layout),
+        cmocka_unit_test(test_big),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
