@@ -87,7 +87,7 @@ bool bn_image_file_name_ok(const char *name)
 {
     size_t length = strlen(name);
     return length > 4 && length < BN_IMAGE_FILE_NAME_MAX && strcmp(name + length - 4, ".img") == 0 &&
-           strncmp(name, "bennu-", 6) != 0 && !strchr(name, '/');
+           strncmp(name, "bennu-pack-", 11) != 0 && strcmp(name, BN_MANIFEST_NAME) != 0 && !strchr(name, '/');
 }
 
 int bn_manifest_add_file(struct bn_manifest *m, const char *name, uint64_t length)

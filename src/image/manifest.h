@@ -152,7 +152,7 @@ int bn_manifest_add_phase(struct bn_manifest *m, const char *name, uint64_t star
 
 /* Append a file and room for its hashes. Names ascend. -EINVAL: not such a name; -E2BIG; -ENOMEM. */
 int bn_manifest_add_file(struct bn_manifest *m, const char *name, uint64_t length);
-/* Is it a name that CRIU gives to files of an image: `*.img`, in no folder, none of Bennu's? */
+/* Is it a name that CRIU, or our plugin in it, gives to a file of an image: `*.img`, in no folder, no pack and not the manifest? */
 bool bn_image_file_name_ok(const char *name);
 
 /* Once every segment is known: number the chunks, in the order of the processes and of their segments, and make room for

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 
 import harness
@@ -26,7 +27,7 @@ def shared_bytes(folder):
 
 
 def criu_bytes(folder):
-    return sum(e.stat().st_size for e in os.scandir(folder) if e.name.endswith(".img") and not e.name.startswith("bennu-"))
+    return sum(e.stat().st_size for e in os.scandir(folder) if re.fullmatch(r"(?!bennu-(pack|manifest)).*\.img", e.name))
 
 
 class Share(Case):

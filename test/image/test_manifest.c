@@ -166,8 +166,8 @@ static void test_files(void **state)
     (void)state;
     bn_auto_manifest struct bn_manifest *m = make_manifest();
     bn_auto_manifest struct bn_manifest *back = NULL;
-    static const char *const bad[] = {"",         ".img",       "bennu-pack-0.img", "a/b.img",
-                                      "../x.img", "stats-dump", "x.img.gz"};
+    static const char *const bad[] = {"",        ".img",     "bennu-pack-0.img", "bennu-manifest.img",
+                                      "a/b.img", "../x.img", "stats-dump",       "x.img.gz"};
     for (size_t i = 0; i < BN_ARRAY_SIZE(bad); i++)
         assert_int_equal(bn_manifest_add_file(m, bad[i], 1), -EINVAL);
     assert_int_equal(bn_manifest_add_file(m, "core-1.img", 0), 0);
