@@ -259,7 +259,6 @@ void cli_version_text(int version, char out[24]);
 
 /* --- record.c: what the command line itself must remember in a checkpoint --------------------------------------------------- */
 
-#define CLI_RECORD_FILE "bennu-command.json"
 #define CLI_INVENTORY "inventory.img" /* CRIU's: every image has it */
 #define CLI_RECORD_PIDS 4096
 

@@ -3,6 +3,7 @@
 #include "base/cleanup.h"
 #include "base/io.h"
 #include "base/proc.h"
+#include "image/manifest.h"
 
 #include <fcntl.h>
 #include <string.h>
@@ -75,7 +76,7 @@ int cli_record_write(const struct cli_record *r, int dir)
                           r->criu, "pids", pids, "stdio", r->stdio[0], r->stdio[1], r->stdio[2]);
     bn_auto_free char *text = o ? json_dumps(o, JSON_COMPACT) : NULL;
     json_decref(o);
-    return text ? bn_write_file_atomic_at(dir, CLI_RECORD_FILE, text, strlen(text)) : -ENOMEM;
+    return text ? bn_write_file_atomic_at(dir, BN_IMAGE_RECORD_NAME, text, strlen(text)) : -ENOMEM;
 }
 
 /* The name goes to CRIU as a key: only what we would have written ourselves. */
@@ -122,7 +123,7 @@ int cli_record_read(int dir, struct cli_record *r)
     *r = (struct cli_record){0};
     bn_auto_free void *text = NULL;
     size_t len;
-    int rc = bn_read_file_at(dir, CLI_RECORD_FILE, RECORD_MAX, &text, &len);
+    int rc = bn_read_file_at(dir, BN_IMAGE_RECORD_NAME, RECORD_MAX, &text, &len);
     if (rc < 0)
         return rc == -EFBIG ? -EBADMSG : rc;
     json_t *o = json_loadb(text, len, 0, NULL);

@@ -95,7 +95,7 @@ static int check_image(struct restore *r, struct bn_error *err)
     int rc = cli_record_read(r->dir, &r->record);
     if (rc < 0 && rc != -ENOENT)
         return bn_error_set(err, EBADMSG, "image", "the checkpoint %s is damaged: %s makes no sense", r->path,
-                            CLI_RECORD_FILE);
+                            BN_IMAGE_RECORD_NAME);
     r->have_record = rc == 0;
     struct bn_error why = BN_ERROR_INIT;
     rc = bn_image_load(r->dir, &r->manifest, &why);

@@ -86,6 +86,8 @@ struct bn_image_segment *bn_process_add_segment(struct bn_image_process *p)
 bool bn_image_file_name_ok(const char *name)
 {
     size_t length = strlen(name);
+    if (strcmp(name, BN_IMAGE_RECORD_NAME) == 0)
+        return true;
     return length > 4 && length < BN_IMAGE_FILE_NAME_MAX && strcmp(name + length - 4, ".img") == 0 &&
            strncmp(name, "bennu-pack-", 11) != 0 && strcmp(name, BN_MANIFEST_NAME) != 0 && !strchr(name, '/');
 }

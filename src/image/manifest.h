@@ -17,6 +17,7 @@
 #define BN_NO_CHUNK UINT32_MAX
 
 #define BN_MANIFEST_NAME "bennu-manifest.img"
+#define BN_IMAGE_RECORD_NAME "bennu-command.json" /* what the command line notes before CRIU begins */
 #define BN_MANIFEST_VERSION 1u
 
 /* Limits, the same for encoding and decoding. */
@@ -152,7 +153,7 @@ int bn_manifest_add_phase(struct bn_manifest *m, const char *name, uint64_t star
 
 /* Append a file and room for its hashes. Names ascend. -EINVAL: not such a name; -E2BIG; -ENOMEM. */
 int bn_manifest_add_file(struct bn_manifest *m, const char *name, uint64_t length);
-/* Is it a name that CRIU, or our plugin in it, gives to a file of an image: `*.img`, in no folder, no pack and not the manifest? */
+/* Is it the name of a file of an image that is no pack and not the manifest: CRIU's and our plugin's `*.img`, or the command line's record? */
 bool bn_image_file_name_ok(const char *name);
 
 /* Once every segment is known: number the chunks, in the order of the processes and of their segments, and make room for

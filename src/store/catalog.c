@@ -17,7 +17,7 @@
 #define NAMES_MAX 1000u /* checkpoints of one name that were being removed when that was killed */
 #define MANIFEST_TMP "." BN_MANIFEST_NAME ".tmp"
 #define RECORDS "bennu-*.json"
-#define RECORD_TMP ".bennu-command.json.tmp"
+#define RECORD_TMP "." BN_IMAGE_RECORD_NAME ".tmp"
 
 bool bn_is_image_file_name(const char *name)
 {

@@ -1,5 +1,5 @@
 /* CRIU's files of a checkpoint, host memory above all: the manifest has the hash of each 2 MiB of them, so that damage is found before CRIU lets
- * anything run. Those are the regular files `*.img` but packs and manifest; logs and statistics are none of the image's. Any thread. */
+ * anything run. Those are the regular files `*.img` but packs and manifest, and the command line's record; logs and statistics are none of the image's. Any thread. */
 #pragma once
 
 #include "base/error.h"

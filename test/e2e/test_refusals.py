@@ -368,7 +368,9 @@ class Images(Refusal):
         """CRIU's files. What processes had in memory is compared while CRIU reads it, the rest before."""
         program = self.memcheck("--allocs=4")
         image = self.dump(program)
-        names = [n for n in os.listdir(image) if n.endswith(".img") and not n.startswith("bennu-") and os.path.getsize(self.path("ck", n))]
+        names = [n for n in os.listdir(image) if n.endswith((".img", ".json")) and not n.startswith("bennu-pack") and n != MANIFEST and
+                 os.path.getsize(self.path("ck", n))]
+        self.assertIn("bennu-command.json", names)
         pages = max(names, key=lambda name: os.path.getsize(self.path("ck", name)))
         self.assertRegex(pages, r"^pages-\d+\.img$")
         self.assertGreater(os.path.getsize(self.path("ck", pages)), 2 << 20)
@@ -378,8 +380,9 @@ class Images(Refusal):
             for at in {0, size // 2, size - 1} if name == pages else {size // 2}:
                 with self.changed(name) as path:
                     self.flip(path, at)
-                    self.image_refused(5, (name, "is damaged", f"bytes {at >> 21 << 21} to "), inspect=5)
-        for name in (pages, names[0]):
+                    where = "" if name.endswith(".json") else f"bytes {at >> 21 << 21} to "  # that one may make no sense any more
+                    self.image_refused(5, (name, "is damaged", where), inspect=5)
+        for name in (pages, next(n for n in names if n.startswith("core-"))):
             with self.changed(name) as path:
                 os.truncate(path, os.path.getsize(path) - 1)
                 self.image_refused(5, name, inspect=5)

@@ -27,7 +27,7 @@ def shared_bytes(folder):
 
 
 def criu_bytes(folder):
-    return sum(e.stat().st_size for e in os.scandir(folder) if re.fullmatch(r"(?!bennu-(pack|manifest)).*\.img", e.name))
+    return sum(e.stat().st_size for e in os.scandir(folder) if re.fullmatch(r"(?!bennu-(pack|manifest)).*\.(img|json)", e.name))
 
 
 class Share(Case):
