@@ -319,7 +319,7 @@ static int add_phases(struct bn_dump *d)
     return r;
 }
 
-/* CRIU has written all of its files; copies may still be under way. */
+/* CRIU has written all of its files. */
 static int note_host_files(struct bn_dump *d, const bool *cancel, struct bn_error *err)
 {
     uint64_t bytes = 0;
@@ -374,12 +374,12 @@ int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err)
     bn_kill_point(d->q.env, "commit", "begin");
     int r = d->released ? 0 : bn_dump_release(d, cancel, err);
     if (r == 0)
-        r = note_host_files(d, cancel, err);
-    if (r == 0)
         r = bn_copies_finish(&d->copies, &d->q, cancel, err);
     drop_aside(d);
     for (size_t i = 0; r == 0 && i < d->nparts; i++)
         r = bn_sending_settle(d->parts[i], err);
+    if (r == 0)
+        r = note_host_files(d, cancel, err);
     if (r == 0)
         r = bn_pack_writer_finish(d->writer, d->manifest, err);
     bn_kill_point(d->q.env, "commit", "one");
