@@ -63,6 +63,10 @@ class Watch(Case):
     def test_the_newest_are_kept(self):
         self.start_daemon()
         program = self.cut()
+        # At rest it changes nothing, so what is new is known, from the first on: of a pack that is used by less than half
+        # the rest is copied, and which chunks share a pack is left to the threads.
+        os.kill(program.pid, signal.SIGUSR1)
+        harness.wait_for(lambda: "sigsuspend" in text_of(f"/proc/{program.pid}/wchan"), "it rests", program.trouble)
         # What somebody else has put there stays: also what is called like a checkpoint of ours, and is none.
         os.mkdir(self.store())
         self.dump(program, "--leave-running", name="store/first")
@@ -70,9 +74,6 @@ class Watch(Case):
         with open(self.store("20200102T000000Z"), "wb"):
             pass
         others = self.entries()
-        # At rest it changes nothing, so what is new is known.
-        os.kill(program.pid, signal.SIGUSR1)
-        harness.wait_for(lambda: "sigsuspend" in text_of(f"/proc/{program.pid}/wchan"), "it rests", program.trouble)
         watcher = self.watch(program, "--every=1s", "--keep=2")
         self.wait_for_made(watcher, 3)
         names = self.end(watcher)
@@ -82,7 +83,6 @@ class Watch(Case):
         for line in self.made():
             self.assertEqual((line["pid"], line["left_running"]), (program.pid, True))
             self.assertGreaterEqual(line["shared_bytes"], 16 * 2 * MIB)
-        for line in self.made()[1:]:
             self.assertLess(line["own_bytes"], 2 * MIB)
         for name in names[-2:]:
             self.good(name)
