@@ -29,9 +29,11 @@ struct bn_dump {
     uint8_t key[BN_HASH_KEY_SIZE]; /* the writer's, once it is open */
     struct bn_copies copies;
     const bool *cancel;
+    struct bn_rate rate; /* of what was set aside */
     uint64_t started_ns; /* the copies */
     struct bn_usage aside;
     bool released; /* they need nothing of the processes any more */
+    bool let_go;   /* the processes, by the aftermath */
     struct bn_hash_key *hash_key;
     struct bn_send_env send;
     struct bn_sending **parts; /* one a part of a target */
@@ -60,6 +62,7 @@ static int choose_chunks(struct bn_dump *d, struct bn_error *err)
     struct bn_targets *targets = &d->q.targets;
     size_t parts = bn_targets_parts(targets);
     d->send = (struct bn_send_env){.cancel = d->cancel,
+                                   .aside_rate = d->rate.per_second ? &d->rate : NULL,
                                    .slow = d->q.flags >> BN_DUMP_LEVEL_SHIFT,
                                    .gpu = d->q.env->gpu,
                                    .copier = d->q.env->copier,
@@ -230,6 +233,7 @@ int bn_dump_begin(struct bn_env *env, pid_t root, const struct bn_dump_options *
     }
     bn_copier_hold(env->copier); /* the writer may be told that staging buffers are stable */
     d->cancel = options->cancel;
+    d->rate = BN_RATE_INIT(options->per_second, options->cancel);
     d->dirfd = fcntl(options->dirfd, F_DUPFD_CLOEXEC, 3);
     d->q = (struct bn_quiesce){.env = env,
                                .report = bn_report_ref(report),
@@ -372,6 +376,8 @@ static void give_up(struct bn_dump *d)
 int bn_dump_commit(struct bn_dump *d, const bool *cancel, struct bn_error *err)
 {
     bn_kill_point(d->q.env, "commit", "begin");
+    if (!d->let_go) /* they wait for it */
+        bn_rate_lift(&d->rate);
     int r = d->released ? 0 : bn_dump_release(d, cancel, err);
     if (r == 0)
         r = bn_copies_finish(&d->copies, &d->q, cancel, err);
@@ -420,5 +426,6 @@ int bn_dump_aftermath(struct bn_dump *d, struct bn_suspended **left, struct bn_e
     int r = bn_quiesce_up(&d->q, err);
     bn_report_span(d->q.report, "gate", "open-gate", "pause");
     *left = r < 0 ? bn_suspended_take(&d->q) : NULL;
+    d->let_go = true;
     return r;
 }

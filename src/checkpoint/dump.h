@@ -34,6 +34,8 @@ struct bn_dump_options {
     int parent;     /* folder of a checkpoint with which bytes are shared; -1: none */
     const bool *
         cancel; /* set by another thread: the copying ends soon, and the commit fails. Stays as long as the dump; may be NULL */
+    uint64_t
+        per_second; /* bytes at most of what was set aside, as the processes run meanwhile; 0: no limit */
     struct bn_prepared *
         prepared; /* what was copied ahead, or NULL; taken over, also on failure. A parent comes first: then it is
                                    * dropped, since packs of two families cannot be mixed. */

@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 struct bn_rate {
-    uint64_t per_second; /* bytes; 0: no limit */
+    uint64_t per_second; /* bytes; 0: no limit (any more) */
     const bool *cancel;  /* nobody waits any more once this is set; may be NULL */
     pthread_mutex_t lock;
     uint64_t free_ns; /* when all that was accounted for has had its time */
@@ -19,3 +19,5 @@ struct bn_rate {
 
 /* Account for `bytes` that were just moved, and wait until the next may be. */
 void bn_rate_pass(struct bn_rate *r, uint64_t bytes);
+/* No limit from now on; who waits goes on. */
+void bn_rate_lift(struct bn_rate *r);

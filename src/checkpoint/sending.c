@@ -217,6 +217,11 @@ uint64_t bn_sending_bytes(const struct bn_sending *s)
 
 /* ---- copying ---- */
 
+static struct bn_rate *rate_of(const struct bn_sending *s)
+{
+    return s->aside ? s->env->aside_rate : s->env->rate;
+}
+
 static int consume(void *arg, uint64_t chunk, unsigned nchunks, const void *data, struct bn_error *err)
 {
     const struct bn_sending *s = arg;
@@ -229,8 +234,8 @@ static int consume(void *arg, uint64_t chunk, unsigned nchunks, const void *data
         if (r < 0)
             return r;
     }
-    if (s->env->rate)
-        bn_rate_pass(s->env->rate, nchunks * BN_CHUNK_SIZE);
+    if (rate_of(s))
+        bn_rate_pass(rate_of(s), nchunks * BN_CHUNK_SIZE);
     return 0;
 }
 
@@ -287,12 +292,12 @@ void bn_sending_drop_aside(struct bn_sending *s)
 }
 
 /* Beside an application half of the threads that a dump has, so that it has the cores and the link; with a limit one keeps to it best. */
-static unsigned workers(const struct bn_send_env *env)
+static unsigned workers(const struct bn_copier *copier, const struct bn_rate *rate)
 {
-    unsigned all = bn_copier_threads(env->copier);
-    if (!env->rate)
+    unsigned all = bn_copier_threads(copier);
+    if (!rate)
         return 0;
-    return env->rate->per_second || all < 2 ? 1 : all / 2;
+    return rate->per_second || all < 2 ? 1 : all / 2;
 }
 
 int bn_sending_start(struct bn_sending *s, struct bn_copy **job, struct bn_error *err)
@@ -304,8 +309,8 @@ int bn_sending_start(struct bn_sending *s, struct bn_copy **job, struct bn_error
                                 .nextents = s->aside ? 1 : s->nextents,
                                 .consume = s->aside ? consume_aside : consume,
                                 .arg = s,
-                                .workers = workers(s->env),
-                                .piece = s->env->rate ? BESIDE_PIECE : 0};
+                                .workers = workers(s->env->copier, rate_of(s)),
+                                .piece = rate_of(s) ? BESIDE_PIECE : 0};
     int r = bn_copy_start(s->env->copier, &spec, job, err);
     return r == 0 && s->aside ? 1 : r;
 }

@@ -27,9 +27,10 @@ struct bn_send_env {
     struct bn_copier *copier;
     struct bn_pack_writer *writer;
     const struct bn_hash_key *key; /* the writer's */
-    const bool *cancel;   /* set by another thread: end soon, even in a slow compression; may be NULL */
-    bool slow;            /* the writer compresses */
-    struct bn_rate *rate; /* of a copy beside a running application; NULL: as fast as it goes */
+    const bool *cancel;         /* set by another thread: end soon, even in a slow compression; may be NULL */
+    bool slow;                  /* the writer compresses */
+    struct bn_rate *rate;       /* of a copy beside a running application; NULL: as fast as it goes */
+    struct bn_rate *aside_rate; /* the same, of what was set aside: the application was let go before */
 };
 
 /* A writer into the folder, for no chunks yet (bn_pack_writer_relayout), and its key: that of the checkpoint in `parent`, with which

@@ -183,7 +183,7 @@ struct cli_dump_options {
     bool drop_log;       /* CRIU's log of a dump that fails is not kept beside the folder */
     unsigned timeout;    /* of CRIU, in seconds; 0: its own */
     unsigned level;      /* of compression; 0: none */
-    uint64_t per_second; /* bytes copied while it runs; 0: no limit */
+    uint64_t per_second; /* bytes copied while it runs, before and after its pause; 0: no limit */
     const char *parent;  /* folder of a checkpoint, or NULL */
 };
 

@@ -22,7 +22,7 @@ static const struct cli_option options[] = {
     {"live", 'l', CLI_FLAG, NULL, &wanted.live,
      "copy GPU memory while the process runs, so that it is stopped for less time"},
     {"bandwidth", 'b', CLI_STRING, "BYTES", &bandwidth,
-     "with --live: copy at most so many bytes a second meanwhile, with K, M, G or T"},
+     "while the process runs, copy at most so many bytes a second, with K, M, G or T"},
     {"parent", 'p', CLI_STRING, "PARENT", &wanted.parent,
      "share the GPU memory that this earlier checkpoint has already"},
     {"compress", 'z', CLI_UINT, "LEVEL", &wanted.level,
@@ -107,7 +107,7 @@ static void tell_plugin(const char *variable, bool yes)
 
 static int criu_options(const struct dump *d, struct bn_error *err)
 {
-    char text[16];
+    char text[24];
     int r = cli_criu_setup(&d->criu, d->dir.fd, d->dir.fd, LOG_FILE, err);
     if (r < 0)
         return r;
@@ -122,6 +122,8 @@ static int criu_options(const struct dump *d, struct bn_error *err)
     tell_plugin("BENNU_LEAVE_RUNNING", d->o->leave_running);
     snprintf(text, sizeof(text), "%u", d->o->level);
     setenv("BENNU_COMPRESS", text, 1);
+    snprintf(text, sizeof(text), "%llu", (unsigned long long)d->o->per_second);
+    setenv("BENNU_BANDWIDTH", text, 1);
     if (d->o->parent && !d->o->live) /* else what was copied ahead is of its family already */
         setenv("BENNU_PARENT", d->parent, 1);
     else
@@ -374,8 +376,8 @@ static int dump(int argc, char **argv)
         return cli_usage("'%s' is not a process id", argv[0]);
     if (wanted.level > BN_COMPRESS_MAX)
         return cli_usage("--compress takes a level from 1 to %u, not %u", BN_COMPRESS_MAX, wanted.level);
-    if (bandwidth && !wanted.live)
-        return cli_usage("--bandwidth is for what --live copies");
+    if (bandwidth && !wanted.live && !wanted.leave_running)
+        return cli_usage("--bandwidth is for what --live or --leave-running copies beside the process");
     if (wanted.live && wanted.driver_path)
         return cli_usage("--live needs the agents that --driver-path ignores");
     if (cli_parse_bandwidth(bandwidth, &wanted.per_second) < 0)

@@ -52,6 +52,13 @@ static unsigned flags_wanted(void)
     return flags;
 }
 
+/* Bytes a second of what is copied after the processes were let go; 0: no limit. */
+static uint64_t bandwidth_wanted(void)
+{
+    const char *text = getenv("BENNU_BANDWIDTH");
+    return text ? strtoull(text, NULL, 10) : 0;
+}
+
 /* Two plugins that suspend one process would undo each other's work, and which of them is asked first is left to chance (the
  * order of readdir). CRIU's own plugin claims every process, so it is the one that stays. */
 static bool stock_plugin_present(void)
@@ -83,14 +90,16 @@ static int begin_session(pid_t root, int sock)
     int r = bnp_thaw(root, &thaw, &err);
     if (r < 0)
         return fail("cannot dump", &err);
-    unsigned handled = 0, args[2] = {(unsigned)root, flags_wanted()};
+    uint64_t limit = bandwidth_wanted();
+    unsigned handled = 0,
+             args[4] = {(unsigned)root, flags_wanted(), (unsigned)limit, (unsigned)(limit >> 32)};
     bn_auto_fd parent = -1;
     int fds[2] = {criu_get_image_dir ? criu_get_image_dir() : -1, -1};
     r = open_parent(&parent, &err);
     if (r == 0) {
         fds[1] = parent;
         args[1] |= parent >= 0 ? BN_CTL_F_PARENT : 0;
-        r = bnp_call_fds(sock, BN_CTL_DUMP_BEGIN, args, 2, fds,
+        r = bnp_call_fds(sock, BN_CTL_DUMP_BEGIN, args, 4, fds,
                          fds[0] < 0   ? 0
                          : parent < 0 ? 1
                                       : 2,

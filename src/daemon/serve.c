@@ -508,6 +508,7 @@ static int on_dump_begin(struct client *c, struct request *rq, struct bn_writer 
 {
     pid_t root = (pid_t)bn_read_u32(&rq->body);
     uint32_t flags = bn_read_u32(&rq->body);
+    uint64_t per_second = bn_read_u64(&rq->body);
     if (rq->fd < 0 || (flags & BN_CTL_F_PARENT && rq->second < 0))
         return bn_error_set(err, EINVAL, "dump", "no image directory came with the request");
     int r = session_open(c, root, rq->fd, err);
@@ -526,6 +527,7 @@ static int on_dump_begin(struct client *c, struct request *rq, struct bn_writer 
                                            flags >> BN_CTL_F_LEVEL_SHIFT << BN_DUMP_LEVEL_SHIFT,
                                   .dirfd = rq->fd,
                                   .cancel = &c->gone,
+                                  .per_second = per_second,
                                   .parent = flags & BN_CTL_F_PARENT ? rq->second : -1,
                                   .prepared = bn_take_prepared(c->d, root)};
     r = bn_dump_begin(&c->d->env, root, &how, c->report, &c->dump, &left, err);

@@ -48,8 +48,8 @@ enum bn_ctl_type {
 
     /* CRIU plugin (and whoever drives CRIU otherwise) */
     BN_CTL_DUMP_BEGIN =
-        20, /* u32 root pid, u32 flags, fd image directory, with F_PARENT fd of the parent's. Gates, evicts,
-                                 driver-checkpoints the whole tree and starts copying. Reply: u32 CUDA processes handled (0: nothing to do, no session exists). */
+        20, /* u32 root pid, u32 flags, u64 bytes a second of what is copied after the processes were let go (0: no limit),
+                                 fd image directory, with F_PARENT fd of the parent's. Gates, evicts, driver-checkpoints the whole tree and starts copying. Reply: u32 CUDA processes handled (0: nothing to do, no session exists). */
     BN_CTL_DUMP_PROCESS =
         21, /* u32 pid -> reply: u32 handled (0: no CUDA in it; error: it uses CUDA and is not part of
                                  the session, e.g. it started meanwhile) */

@@ -213,7 +213,7 @@ class Dump(PluginTest):
         self.assert_dead()
         self.assert_requests("DUMP_BEGIN", "DUMP_PROCESS", "DUMP_PROCESS", "DUMP_THREAD", "DUMP_END", "closed")
         begin, pause, checkpoint, _, end, _ = self.daemon.records
-        self.assertEqual((begin["values"], begin["folders"]), ([pid, 0], [self.images]))
+        self.assertEqual((begin["values"], begin["folders"]), ([pid, 0, 0, 0], [self.images]))
         self.assertEqual((pause["values"], checkpoint["values"], end["values"]), ([pid], [pid], [0, 0]))
         self.assertFalse(begin["traced"], "the tree must run while the GPU is dealt with")
         self.assertTrue(checkpoint["traced"])

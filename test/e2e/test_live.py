@@ -290,6 +290,8 @@ class Aside(Live):
     # More than what is not worth it. A pass of --live takes so long that the program rewrites most of it meanwhile.
     many = {"hot": 64, "cold": 4}
     slowly = ("--live", "--bandwidth=64M")
+    # What is set aside takes minutes from there to the disk.
+    for_long = "--bandwidth=1M"
 
     def start_dump(self, program, *args):
         with open(self.path("answer"), "wb") as out, open(self.path("message"), "wb") as err:
@@ -370,9 +372,9 @@ class Aside(Live):
         self.restores(program)
 
     def test_the_gpu_is_full(self):
-        """Then the program waits for the copy, and for no more than that."""
+        """Then the program waits for the copy, which no bandwidth limits, and for no more than that."""
         program = self.cut(env={"BENNU_SIM_MEMORY": "900M"}, **self.many)
-        with self.written_later(program, BENNU_SIM_MEMORY="900M"):
+        with self.written_later(program, self.for_long, BENNU_SIM_MEMORY="900M"):
             program.go_on()
         answer = self.answer()
         self.assertEqual(self.bytes_of(answer, "set-aside"), 0)
@@ -442,10 +444,10 @@ class Aside(Live):
         return self.start(harness.MEMCHECK, "--allocs=16", "--min=4M", "--max=5M", "--children=1", roles=range(2))
 
     def test_no_room_for_the_contexts(self):
-        """Then they come back when what was set aside is free again: after the rest is written."""
+        """Then they come back when what was set aside is free again: after the rest is written, which no bandwidth limits then."""
         program = self.two_on_a_tight_gpu()
         program.pids += harness.children_of(program.pid)
-        with self.written_later(program, at="driver-restore:begin", manifest=True):
+        with self.written_later(program, self.for_long, at="driver-restore:begin", manifest=True):
             pass
         answer = self.answer()
         self.assertGreater(self.bytes_of(answer, "set-aside"), 2 * 64 * MIB)
@@ -457,7 +459,7 @@ class Aside(Live):
     def test_no_room_for_the_contexts_and_no_checkpoint(self):
         """However it ends, they come back."""
         program = self.two_on_a_tight_gpu()
-        with self.written_later(program, "--compress=19") as (dump, _):
+        with self.written_later(program, self.for_long, "--compress=19") as (dump, _):
             dump.send_signal(signal.SIGINT)
         self.assertEqual(self.code, 128 + signal.SIGINT, text_of(self.path("message")))
         self.assertFalse(os.path.exists(self.path("ck")))
@@ -516,7 +518,7 @@ class Aside(Live):
 
     def late(self, program, *args):
         """A dump that takes long, after the moment at which the program was let go."""
-        dump = self.start_dump(program, "--compress=19", *args)
+        dump = self.start_dump(program, self.for_long, *args)
         harness.wait_for(lambda: self.has("inventory.img"), "CRIU has ended its half", lambda: self.ended(dump))
         program.go_on()
         self.assertIsNone(dump.poll(), text_of(self.path("message")))
@@ -566,12 +568,12 @@ class Aside(Live):
 
     def test_an_allocation_waits_no_longer_than_it_can(self):
         """Before the other program would hear that there is no memory the dump ends, and says why."""
-        room = {"BENNU_SIM_MEMORY": "3G"}
+        room = {"BENNU_SIM_MEMORY": "1200M"}
         self.env.update(room)
         self.start_daemon()
-        program = self.cut(hot=400, cold=4)
+        program = self.cut(**self.many)
         dump = self.late(program)
-        other = self.wants(2080, room)
+        other = self.wants(930, room)
         self.assertEqual(dump.wait(harness.PATIENCE), 1)
         self.assertIn("another program needed the GPU memory", text_of(self.path("message")))
         self.assertEqual(text_of(self.path("message")).count("\n"), 1)
@@ -664,7 +666,7 @@ class Aside(Live):
         for at in self.steps:
             with self.subTest(at):
                 early = at not in ("commit:one", "commit:end")
-                with self.written_later(program, "--trace", self.path("trace"), *(["--compress=19"] if early else []), at=at,
+                with self.written_later(program, "--trace", self.path("trace"), *([self.for_long] if early else []), at=at,
                                         manifest=at == "commit:end") as (dump, _):
                     dump.send_signal(signal.SIGINT)
                 program.go_on()
