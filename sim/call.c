@@ -173,18 +173,24 @@ static long next_number(const char **list)
 }
 
 /* Those whose device files are there: BENNU_SIM_FILES, or all. */
-static int choose_files(int found[SIM_MAX_DEVICES])
+static void choose_files(void)
 {
     const char *files = getenv("BENNU_SIM_FILES");
-    int n = 0;
     long file;
 
+    for (int i = 0; i < sim.machine_devices; i++)
+        sim.has_file[i] = !files;
     while (files && (file = next_number(&files)) >= 0)
         if (file < sim.machine_devices)
             sim.has_file[file] = true;
+}
+
+int device_files(void)
+{
+    int n = 0;
+
     for (int i = 0; i < sim.machine_devices; i++)
-        if (sim.has_file[i] |= !getenv("BENNU_SIM_FILES"))
-            found[n++] = i;
+        n += sim.has_file[i];
     return n;
 }
 
@@ -192,9 +198,12 @@ static int choose_files(int found[SIM_MAX_DEVICES])
 static void choose_devices(void)
 {
     const char *visible = getenv("CUDA_VISIBLE_DEVICES");
-    int found[SIM_MAX_DEVICES], count = choose_files(found);
+    int found[SIM_MAX_DEVICES], count = 0;
     long n;
 
+    for (int i = 0; i < sim.machine_devices; i++)
+        if (sim.has_file[i])
+            found[count++] = i;
     sim.devices = 0;
     while (sim.devices < count && (n = visible ? next_number(&visible) : sim.devices) >= 0 && n < count) {
         sim.physical[sim.devices] = sim.shown[sim.devices] = found[n];
@@ -222,6 +231,7 @@ static void read_environment(void)
         if ((*machine >= '0' && *machine <= '9') || ((*machine | 32) >= 'a' && (*machine | 32) <= 'z') ||
             *machine == '-' || *machine == '_')
             sim.machine[i++] = *machine;
+    choose_files();
     choose_devices();
 }
 

@@ -206,14 +206,12 @@ static int machine_device(const CUuuid *uuid)
  * other; and no two may come to be one. (As measured with driver 580 on two H200.) */
 static bool remap_devices(const CUcheckpointGpuPair *pairs, unsigned count, int physical[SIM_MAX_DEVICES])
 {
-    unsigned taken = 0, left = 0, known = 0;
+    unsigned taken = 0, left = 0;
 
     memcpy(physical, sim.physical, sizeof(sim.physical));
     if (count == 0)
         return true;
-    for (int i = 0; i < sim.machine_devices; i++)
-        known += sim.has_file[i];
-    if (count != known)
+    if (count != (unsigned)device_files())
         return false;
     for (unsigned i = 0; i < count; i++) {
         int from = machine_device(&pairs[i].oldUuid), to = machine_device(&pairs[i].newUuid);

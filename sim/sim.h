@@ -333,6 +333,7 @@ int capacity_lock(void);                     /* a descriptor to close, or -1 */
 bool capacity_take(int lock_fd, int physical, uint64_t size); /* false: does not fit */
 bool capacity_has(int physical, uint64_t size);               /* it would fit now */
 int capacity_device_of(int fd);                               /* physical device of a memfd, -1: not ours */
+int device_files(void);                                       /* of how many devices it has the file */
 int phys_ordinal(int physical);                               /* ordinal that stands for it, -1: none */
 
 int map_place(uint64_t start, struct map *map); /* maps map->phys there with the protection it should have */

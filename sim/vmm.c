@@ -200,14 +200,6 @@ static bool shown_at_init(int physical)
     return false;
 }
 
-static bool has_all_files(void)
-{
-    for (int i = 0; i < sim.machine_devices; i++)
-        if (!sim.has_file[i])
-            return false;
-    return true;
-}
-
 SIM_FN(cuMemImportFromShareableHandle, 0,
        (CUmemGenericAllocationHandle * out, void *os_handle, CUmemAllocationHandleType type),
        (out, os_handle, type))
@@ -225,7 +217,7 @@ SIM_FN(cuMemImportFromShareableHandle, 0,
     /* A process that a restore has brought to a device that it was not shown at cuInit can never import memory of it, its own
      * included; it can create and export some. (As measured with driver 580 on two H200.) */
     if (!shown_at_init(physical))
-        return has_all_files() ? CUDA_ERROR_NOT_INITIALIZED : CUDA_ERROR_INVALID_DEVICE;
+        return device_files() == sim.machine_devices ? CUDA_ERROR_NOT_INITIALIZED : CUDA_ERROR_INVALID_DEVICE;
     ordinal = phys_ordinal(physical);
     if (ordinal < 0)
         return CUDA_ERROR_INVALID_DEVICE;
