@@ -14,9 +14,9 @@
 /* Index of the GPU in the manifest, added at first sight. */
 static int gpu_index(struct bn_manifest *m, struct bn_gpu *gpu, unsigned dev, const uint8_t uuid[16])
 {
-    for (uint32_t g = 0; g < m->n_gpus; g++)
-        if (memcmp(m->gpus[g].uuid, uuid, 16) == 0)
-            return (int)g;
+    int known = bn_manifest_find_gpu(m, uuid);
+    if (known >= 0)
+        return known;
     const struct bn_gpu_info *info = bn_gpu_info(gpu, dev);
     struct bn_image_gpu *g = bn_manifest_add_gpu(m);
     if (!g)
@@ -70,7 +70,7 @@ static int note_others(struct bn_manifest *m, struct bn_gpu *gpu)
     uint8_t uuids[BN_MANIFEST_GPUS_MAX][16];
     unsigned n = bn_gpu_machine(gpu, uuids, BN_MANIFEST_GPUS_MAX);
     for (unsigned i = 0; i < n; i++) {
-        if (bn_manifest_has_gpu(m, uuids[i]))
+        if (bn_manifest_find_gpu(m, uuids[i]) >= 0)
             continue;
         uint8_t(*other)[16] = bn_manifest_add_other(m);
         if (!other)

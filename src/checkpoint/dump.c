@@ -8,8 +8,8 @@
 #include "checkpoint/describe.h"
 #include "checkpoint/record.h"
 #include "checkpoint/sending.h"
-#include "store/host_files.h"
 #include "store/disk.h"
+#include "store/host_files.h"
 #include "store/image_dir.h"
 #include "store/pack.h"
 

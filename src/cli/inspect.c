@@ -203,12 +203,6 @@ static int verify_chunks(int dir, const struct bn_manifest *m, struct bn_error *
     return r;
 }
 
-static int verify_host_files(int dir, const struct bn_manifest *m, struct bn_error *err)
-{
-    uint64_t bytes;
-    return bn_host_files_check(dir, m, BN_HOST_FILES_ALL, 0, NULL, &bytes, err);
-}
-
 /* Without a manifest: say which of several things this is. Returns an exit code. */
 static int explain(const char *path, int dir, struct bn_error *err)
 {
@@ -262,7 +256,7 @@ static int inspect(int argc, char **argv)
     if (r == 0 && verify)
         r = verify_chunks(dir, m, &err);
     if (r == 0 && verify)
-        r = verify_host_files(dir, m, &err);
+        r = bn_host_files_check(dir, m, BN_HOST_FILES_ALL, 0, NULL, NULL, &err);
     if (r < 0) {
         bool image = r == -EBADMSG || r == -EPROTONOSUPPORT || r == -ENOENT || r == -EILSEQ;
         return cli_fail(image ? CLI_BAD_IMAGE : CLI_FAILED, &err, json);

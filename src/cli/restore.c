@@ -5,8 +5,8 @@
 #include "base/cleanup.h"
 #include "base/io.h"
 #include "base/proc.h"
-#include "store/host_pages.h"
 #include "store/host_files.h"
+#include "store/host_pages.h"
 #include "store/image_dir.h"
 #include "store/pack.h"
 
@@ -82,8 +82,7 @@ static int check_packs(const struct restore *r, struct bn_error *err)
 /* Those that CRIU is about to read, before anybody else could tell; what processes had in memory is compared while it is restored. */
 static int check_small_files(const struct restore *r, struct bn_error *err)
 {
-    uint64_t bytes;
-    return bn_host_files_check(r->dir, r->manifest, BN_HOST_FILES_SMALL, 0, NULL, &bytes, err);
+    return bn_host_files_check(r->dir, r->manifest, BN_HOST_FILES_SMALL, 0, NULL, NULL, err);
 }
 
 /* Is it a checkpoint, and a whole one? */

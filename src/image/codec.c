@@ -416,7 +416,7 @@ static int get_files(struct bn_reader *r, struct bn_manifest *m, struct bn_error
         char name[BN_IMAGE_FILE_NAME_MAX];
         bn_read_string(r, name, sizeof(name));
         uint64_t length = bn_read_u64(r);
-        uint64_t pieces = length / BN_CHUNK_SIZE + (length % BN_CHUNK_SIZE != 0);
+        uint64_t pieces = bn_image_file_pieces(length);
         if (r->failed || pieces > bn_reader_left(r) / BN_HASH_SIZE ||
             m->n_file_hashes > bn_reader_left(r) / BN_HASH_SIZE - pieces)
             return BAD(err, "file %u of CRIU's is malformed, or its hashes are not there", i);

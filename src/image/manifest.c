@@ -65,12 +65,12 @@ uint8_t (*bn_manifest_add_other(struct bn_manifest *m))[16]
     return append((void **)&m->others, &m->n_others, sizeof(*m->others), BN_MANIFEST_GPUS_MAX);
 }
 
-bool bn_manifest_has_gpu(const struct bn_manifest *m, const uint8_t uuid[16])
+int bn_manifest_find_gpu(const struct bn_manifest *m, const uint8_t uuid[16])
 {
     for (uint32_t g = 0; g < m->n_gpus; g++)
         if (memcmp(m->gpus[g].uuid, uuid, sizeof(m->gpus[g].uuid)) == 0)
-            return true;
-    return false;
+            return (int)g;
+    return -1;
 }
 
 struct bn_image_process *bn_manifest_add_process(struct bn_manifest *m)
@@ -94,7 +94,7 @@ bool bn_image_file_name_ok(const char *name)
 
 int bn_manifest_add_file(struct bn_manifest *m, const char *name, uint64_t length)
 {
-    uint64_t pieces = length / BN_CHUNK_SIZE + (length % BN_CHUNK_SIZE != 0);
+    uint64_t pieces = bn_image_file_pieces(length);
     if (!bn_image_file_name_ok(name))
         return -EINVAL;
     if (m->n_files == BN_MANIFEST_FILES_MAX || pieces > BN_MANIFEST_CHUNKS_MAX - m->n_file_hashes)

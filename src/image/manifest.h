@@ -97,6 +97,12 @@ struct bn_image_file {
     uint32_t first_hash;               /* index into file_hashes */
 };
 
+/* How many hashes a file of so many bytes has. */
+static inline uint64_t bn_image_file_pieces(uint64_t length)
+{
+    return length / BN_CHUNK_SIZE + (length % BN_CHUNK_SIZE != 0);
+}
+
 #define BN_IMAGE_STDIO_MAX 257u /* bytes, with the closing NUL */
 
 /* Everything is owned; bn_manifest_free() frees it. The arrays grow by the functions below only.
@@ -195,8 +201,8 @@ int bn_manifest_encode(const struct bn_manifest *m, void **out, size_t *len, str
  * manifest is valid in the sense of bn_manifest_validate(); the caller frees it. */
 int bn_manifest_decode(const void *data, size_t len, struct bn_manifest **out, struct bn_error *err);
 
-/* Whether a GPU with this UUID is one of `gpus`. */
-bool bn_manifest_has_gpu(const struct bn_manifest *m, const uint8_t uuid[16]);
+/* The index of the GPU with this UUID in `gpus`, or -1. */
+int bn_manifest_find_gpu(const struct bn_manifest *m, const uint8_t uuid[16]);
 
 /* Encodes without validating: for tests that need a wrong manifest with a right checksum. */
 int bn_manifest_encode_unchecked(const struct bn_manifest *m, void **out, size_t *len);

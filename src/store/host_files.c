@@ -229,7 +229,9 @@ int bn_host_files_check(int dirfd, const struct bn_manifest *m, unsigned which, 
                         const bool *cancel, uint64_t *bytes, struct bn_error *err)
 {
     struct bn_error first = BN_ERROR_INIT;
-    int r = bn_host_files_compare(dirfd, m, which, threads, cancel, keep_first, &first, bytes, err);
+    uint64_t unasked;
+    int r = bn_host_files_compare(dirfd, m, which, threads, cancel, keep_first, &first,
+                                  bytes ? bytes : &unasked, err);
     return r < 0 || !bn_error_is_set(&first) ? r
                                              : bn_error_set(err, first.code, first.stage, "%s", first.text);
 }

@@ -23,6 +23,7 @@ int bn_host_files_note(int dirfd, struct bn_manifest *m, const bool *cancel, uin
 int bn_host_files_compare(int dirfd, const struct bn_manifest *m, unsigned which, unsigned threads,
                           const bool *cancel, bn_verify_fn damaged, void *arg, uint64_t *bytes,
                           struct bn_error *err);
-/* The same, for who wants to know whether there is damage: 0, or the first that was found, with its code (-EBADMSG, -ENOENT, -EIO …). */
+/* The same, for who wants to know whether there is damage: 0, or the first that was found, with its code (-EBADMSG, -ENOENT, -EIO …).
+ * `bytes` may be NULL. */
 int bn_host_files_check(int dirfd, const struct bn_manifest *m, unsigned which, unsigned threads,
                         const bool *cancel, uint64_t *bytes, struct bn_error *err);

@@ -139,8 +139,8 @@ static void test_other_gpus(void **state)
     assert_int_equal(bn_manifest_decode(b.p, b.len, &back, NULL), 0);
     assert_int_equal(back->n_others, 3);
     assert_memory_equal(back->others, m->others, sizeof(*m->others) * 3);
-    assert_true(bn_manifest_has_gpu(back, back->gpus[1].uuid));
-    assert_false(bn_manifest_has_gpu(back, back->others[0]));
+    assert_int_equal(bn_manifest_find_gpu(back, back->gpus[1].uuid), 1);
+    assert_int_equal(bn_manifest_find_gpu(back, back->others[0]), -1);
     while (bn_manifest_add_other(back))
         ;
     assert_int_equal(back->n_others, BN_MANIFEST_GPUS_MAX);
