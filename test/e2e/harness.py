@@ -90,6 +90,12 @@ def agent_word(pid, at):
     return 0
 
 
+def files_of_criu(folder):
+    """What the manifest has hashes of, by name: its bytes. CRIU's and the plugin's images, and the command line's record."""
+    return {e.name: e.stat().st_size for e in os.scandir(folder)
+            if e.name.endswith((".img", ".json")) and not e.name.startswith("bennu-pack-") and e.name != MANIFEST}
+
+
 class Program:
     """A program under test, through its dumps and restores: it keeps its pid and its output files."""
 
@@ -132,6 +138,11 @@ class Program:
             wait_for(lambda r=r: self.round(r) >= before[r] + rounds, f"role {r} of {self.pid} goes on after round {before[r]}",
                      self.trouble)
         self.check_sequence()
+
+    def rest(self):
+        """Holds `cut` still until SIGUSR2, so that what is new is known exactly."""
+        os.kill(self.pid, signal.SIGUSR1)
+        wait_for(lambda: "sigsuspend" in text_of(f"/proc/{self.pid}/wchan"), "it rests", self.trouble)
 
     def check_sequence(self):
         for r in self.roles:

@@ -118,14 +118,19 @@ class Places(Gpus):
         write_simulated_gpus(self.path("gpus"), self.machine, self.gpus)
         self.start_daemon()
 
+    def dumped_before_another(self, **env):
+        """A program that knows of GPU 0, and a daemon that sees GPU 1 alone."""
+        program = self.memcheck(env=env)
+        self.dump(program)
+        self.restart_daemon(1)
+        return program
+
     def test_on_another_gpu(self):
         """The program knows of one GPU, which becomes another; from then on that is where its memory is. It cannot take memory there from
         anybody, and has to create it."""
         self.start_daemon_that_knows()
         idle = self.used()
-        program = self.memcheck(env={"CUDA_VISIBLE_DEVICES": "0"})
-        self.dump(program)
-        self.restart_daemon(1)
+        program = self.dumped_before_another(CUDA_VISIBLE_DEVICES="0")
         self.restore(program)
         program.go_on()
         self.restart_daemon()
@@ -188,9 +193,7 @@ class Places(Gpus):
     def test_in_a_container_on_another_gpu(self):
         """The program can open the device file of one GPU, so the driver wants to hear of that one alone."""
         self.start_daemon()
-        program = self.memcheck(env={"BENNU_SIM_FILES": "0"})
-        self.dump(program)
-        self.restart_daemon(1)
+        program = self.dumped_before_another(BENNU_SIM_FILES="0")
         self.restore(program)
         program.go_on()
         for tier in ("gpu", "host"):
@@ -201,18 +204,14 @@ class Places(Gpus):
     def test_another_gpu_of_a_machine_that_is_not_shown(self):
         """The driver wants to hear of every GPU. A daemon that is shown one knows the others by the checkpoint."""
         self.start_daemon()
-        program = self.memcheck(env={"CUDA_VISIBLE_DEVICES": "0"})
-        self.dump(program)
-        self.restart_daemon(1)
+        program = self.dumped_before_another(CUDA_VISIBLE_DEVICES="0")
         self.restore(program)
         program.go_on()
 
     def test_another_gpu_of_a_machine_that_is_not_known(self):
         """Nor did the daemon know them that made the checkpoint."""
         self.restart_daemon(0)
-        program = self.memcheck(env={"CUDA_VISIBLE_DEVICES": "0"})
-        self.dump(program)
-        self.restart_daemon(1)
+        program = self.dumped_before_another(CUDA_VISIBLE_DEVICES="0")
         self.refused(1, "restore", self.path("ck"), "--detach", says="restore")
         self.nothing_left(program, *self.ours())
         self.restart_daemon()

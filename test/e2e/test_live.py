@@ -86,11 +86,6 @@ class Hashes(Live):
 class Ahead(Live):
     """GPU memory that was copied before the dump, while the program ran."""
 
-    def rest(self, program):
-        """Hold the program still, so that what is new is known exactly."""
-        os.kill(program.pid, signal.SIGUSR1)
-        harness.wait_for(lambda: "sigsuspend" in text_of(f"/proc/{program.pid}/wchan"), "it rests", program.trouble)
-
     def spool(self):
         try:
             return os.listdir(os.path.join(self.rundir, "spool"))
@@ -100,7 +95,7 @@ class Ahead(Live):
     def test_a_dump_sends_only_what_changed(self):
         self.start_daemon()
         program = self.cut()
-        self.rest(program)
+        program.rest()
         ahead = self.ok_json("pre-dump", program.pid)
         self.assertEqual(len(self.spool()), 1)
         # Two passes at most, of which the second finds nothing to do.
@@ -119,7 +114,7 @@ class Ahead(Live):
     def test_nothing_changed_and_nothing_is_sent(self):
         self.start_daemon()
         program = self.cut()
-        self.rest(program)
+        program.rest()
         self.ok("pre-dump", program.pid)
         answer = self.dump_json(program, "ck")
         self.assertEqual(self.bytes_of(answer, "copy-out"), 0)
@@ -130,7 +125,7 @@ class Ahead(Live):
     def test_a_plain_criu_dump_uses_it(self):
         self.start_daemon()
         program = self.cut()
-        self.rest(program)
+        program.rest()
         self.ok("pre-dump", program.pid)
         os.mkdir(self.path("ck"))
         done = self.run_command([CRIU, "dump", "-t", program.pid, "-D", self.path("ck"), "-o", "dump.log", "-v4", "-L",
@@ -179,7 +174,7 @@ class Ahead(Live):
         """Everything is sent twice, and stored once."""
         self.start_daemon(BENNU_SIM_HASH="wrong")
         program = self.cut()
-        self.rest(program)
+        program.rest()
         ahead = self.ok_json("pre-dump", program.pid)
         self.assertEqual((ahead["passes"], ahead["sent_bytes"]), (1, ahead["gpu_bytes"]))
         answer = self.dump_json(program, "ck")

@@ -368,15 +368,13 @@ class Images(Refusal):
         """CRIU's files. What processes had in memory is compared while CRIU reads it, the rest before."""
         program = self.memcheck("--allocs=4")
         image = self.dump(program)
-        names = [n for n in os.listdir(image) if n.endswith((".img", ".json")) and not n.startswith("bennu-pack") and n != MANIFEST and
-                 os.path.getsize(self.path("ck", n))]
+        names = {name: size for name, size in harness.files_of_criu(image).items() if size}
         self.assertIn("bennu-command.json", names)
-        pages = max(names, key=lambda name: os.path.getsize(self.path("ck", name)))
+        pages = max(names, key=names.get)
         self.assertRegex(pages, r"^pages-\d+\.img$")
-        self.assertGreater(os.path.getsize(self.path("ck", pages)), 2 << 20)
+        self.assertGreater(names[pages], 2 << 20)
         self.assertGreater(len(names), 10)
-        for name in names:
-            size = os.path.getsize(self.path("ck", name))
+        for name, size in names.items():
             for at in {0, size // 2, size - 1} if name == pages else {size // 2}:
                 with self.changed(name) as path:
                     self.flip(path, at)

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import re
 import shutil
 
 import harness
@@ -27,7 +26,7 @@ def shared_bytes(folder):
 
 
 def criu_bytes(folder):
-    return sum(e.stat().st_size for e in os.scandir(folder) if re.fullmatch(r"(?!bennu-(pack|manifest)).*\.(img|json)", e.name))
+    return sum(harness.files_of_criu(folder).values())
 
 
 class Share(Case):

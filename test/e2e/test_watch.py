@@ -65,8 +65,7 @@ class Watch(Case):
         program = self.cut()
         # At rest it changes nothing, so what is new is known, from the first on: of a pack that is used by less than half
         # the rest is copied, and which chunks share a pack is left to the threads.
-        os.kill(program.pid, signal.SIGUSR1)
-        harness.wait_for(lambda: "sigsuspend" in text_of(f"/proc/{program.pid}/wchan"), "it rests", program.trouble)
+        program.rest()
         # What somebody else has put there stays: also what is called like a checkpoint of ours, and is none.
         os.mkdir(self.store())
         self.dump(program, "--leave-running", name="store/first")
